@@ -1,0 +1,213 @@
+"""Hyperparameters of a loss: read from its signature, checked by name and type before anything is built."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .errors import LossConfigError
+
+_MISSING = inspect.Parameter.empty
+
+
+@dataclass(frozen=True)
+class Hyperparameter:
+    """One keyword-only argument of a loss: its name, annotated type and default."""
+
+    name: str
+    annotation: Any
+    default: Any = _MISSING
+
+    @property
+    def required(self) -> bool:
+        """Whether it has no default."""
+        return self.default is _MISSING
+
+    def __str__(self) -> str:
+        text = f"{self.name}: {_type_name(self.annotation)}"
+        return text if self.required else f"{text} = {self.default!r}"
+
+
+def hyperparameters_of(callable_: Callable[..., Any] | type) -> dict[str, Hyperparameter]:
+    """The hyperparameters of a loss class (constructor) or function (keyword-only arguments).
+
+    A constructor that takes `**options` passes them to its base class, whose hyperparameters count too.
+    """
+    found: dict[str, Hyperparameter] = {}
+    if inspect.isclass(callable_):
+        for cls in callable_.__mro__:
+            if "__init__" not in vars(cls):
+                continue
+            function = vars(cls)["__init__"]
+            if not _collect(function, list(inspect.signature(function).parameters.values())[1:], found):
+                break
+    else:
+        parameters = inspect.signature(callable_).parameters.values()
+        _collect(callable_, [p for p in parameters if p.kind is p.KEYWORD_ONLY], found)
+    return found
+
+
+def _collect(function: Callable[..., Any], parameters: list[inspect.Parameter], found: dict) -> bool:
+    """Add `parameters` to `found`; say whether the function passes further keywords on."""
+    try:
+        hints = typing.get_type_hints(function)
+    except (NameError, TypeError):  # an annotation that cannot be evaluated is not checked
+        hints = {}
+    passes_on = False
+    for parameter in parameters:
+        if parameter.kind is parameter.VAR_KEYWORD:
+            passes_on = True
+        elif parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            annotation = hints.get(parameter.name, Any)
+            found.setdefault(parameter.name, Hyperparameter(parameter.name, annotation, parameter.default))
+    return passes_on
+
+
+def resolve(
+    loss: str,
+    declared: Mapping[str, Hyperparameter],
+    given: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    defaults_from: str,
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values to build a loss with: given, else the trainer config's, else the loss's own default.
+
+    Args:
+        loss: Name of the loss, for messages.
+        declared: What the loss takes.
+        given: What its configuration says.
+        defaults: Fields of the trainer's config; a field that is None counts as not set.
+        defaults_from: Name of that config, for the origins.
+
+    Returns:
+        Values and, under the same names, where each came from.
+
+    Raises:
+        LossConfigError: A name is unknown, a value missing or of the wrong type.
+    """
+    signature = f"{loss}({', '.join(str(parameter) for parameter in declared.values())})"
+    for name in given:
+        if name not in declared:
+            raise LossConfigError(
+                f"loss '{loss}' has no hyperparameter '{name}'{suggestion(name, declared)}. It takes: {signature}"
+                + _hint(name)
+            )
+    values, origins = {}, {}
+    for name, parameter in declared.items():
+        if name in given:
+            value, origin = given[name], "loss_function"
+        elif defaults.get(name) is not None:
+            value, origin = defaults[name], defaults_from
+        elif not parameter.required:
+            value, origin = parameter.default, "default"
+        else:
+            raise LossConfigError(f"loss '{loss}' needs the hyperparameter '{name}'. It takes: {signature}")
+        if origin != "default":
+            value = _checked(value, parameter.annotation, f"loss '{loss}', hyperparameter '{name}' ({origin})")
+        values[name], origins[name] = value, origin
+    return values, origins
+
+
+def suggestion(name: str, known: Collection[str]) -> str:
+    """`" (did you mean 'x'?)"` with the nearest known names, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f" (did you mean {' or '.join(repr(n) for n in near)}?)" if near else ""
+
+
+_TRAINER_OPTIONS = {
+    "beta": "In GRPO `beta` is the coefficient of the KL term, which the trainer adds around every policy loss",
+    "use_weighting": "WPO weighting is applied by the trainer around every loss",
+    "ld_alpha": "LD-DPO weights are applied by the trainer to the log-probabilities of every loss",
+    "weight": "A weight belongs to a component of a composition",
+}
+
+
+def _hint(name: str) -> str:
+    if name not in _TRAINER_OPTIONS:
+        return ""
+    where = "" if name == "weight" else f": set `{name}` in the trainer's config"
+    return f". {_TRAINER_OPTIONS[name]}{where}."
+
+
+def _type_name(annotation: Any) -> str:
+    if annotation in (Any, _MISSING):
+        return "Any"
+    if typing.get_origin(annotation) is Literal:
+        return " | ".join(map(repr, typing.get_args(annotation)))
+    return annotation.__name__ if isinstance(annotation, type) and not typing.get_args(annotation) else str(annotation)
+
+
+def _checked(value: Any, annotation: Any, where: str) -> Any:
+    """`value`, an int widened to float where a float is expected; raises if it is not of the annotated type."""
+    if not _matches(value, annotation):
+        hint = ""
+        if isinstance(value, str) and _is_number(value):
+            hint = f". YAML reads {value} as text: write a number with a point, such as 1.0e-3"
+        raise LossConfigError(
+            f"{where}: expected {_type_name(annotation)}, found {value!r} ({type(value).__name__}){hint}"
+        )
+    if isinstance(value, float) and not math.isfinite(value):
+        raise LossConfigError(f"{where}: expected a finite number, found {value!r}")
+    accepts_int = annotation is int or int in typing.get_args(annotation)
+    accepts_float = annotation is float or float in typing.get_args(annotation)
+    if isinstance(value, int) and not isinstance(value, bool) and accepts_float and not accepts_int:
+        return float(value)
+    return value
+
+
+def _matches(value: Any, annotation: Any) -> bool:
+    if annotation in (Any, _MISSING):
+        return True
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return any(_matches(value, argument) for argument in arguments)
+    if origin is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in arguments)
+    if annotation in (None, type(None)):
+        return value is None
+    if annotation is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if origin in (list, tuple) and isinstance(value, (list, tuple)):
+        element = [argument for argument in arguments if argument is not Ellipsis]
+        return len(element) != 1 or all(_matches(item, element[0]) for item in value)
+    if isinstance(origin, type):
+        return isinstance(value, origin)
+    return isinstance(value, annotation) if isinstance(annotation, type) else True
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def check_range(
+    name: str,
+    value: float,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+) -> float:
+    """Return `value` if it lies in the range, else raise a `LossConfigError` that names the hyperparameter."""
+    conditions = [
+        (above, "> ", lambda bound: value > bound),
+        (at_least, ">= ", lambda bound: value >= bound),
+        (below, "< ", lambda bound: value < bound),
+        (at_most, "<= ", lambda bound: value <= bound),
+    ]
+    if not all(bound is None or holds(bound) for bound, _, holds in conditions):
+        wanted = " and ".join(f"{sign}{bound:g}" for bound, sign, _ in conditions if bound is not None)
+        raise LossConfigError(f"hyperparameter '{name}': expected a value {wanted}, found {value!r}")
+    return value

@@ -1,0 +1,56 @@
+"""What the policy surrogates share: the importance weights between the policy and the one that generated."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from ...base import PolicyLoss
+from ...errors import LossConfigError
+from ...hyperparameters import check_range
+from ...types import ModelOutputs, masked_sum
+
+ImportanceLevel = Literal["token", "sequence"]
+
+
+class ImportanceWeightedLoss(PolicyLoss):
+    """Base of surrogates of the ratio between the policy's probability and that at generation time.
+
+    token level: log w_t = logp_t - old_logp_t;  sequence level: log w = mean over tokens of that, one per sequence.
+
+    Args:
+        importance_sampling_level: "token" or "sequence" (GSPO, Zheng et al. 2025, arXiv:2507.18071).
+    """
+
+    requires = frozenset({"old_per_token_logps"})
+
+    def __init__(self, *, importance_sampling_level: ImportanceLevel = "token") -> None:
+        super().__init__()
+        self.importance_sampling_level = importance_sampling_level
+
+    def log_weights(self, outputs: ModelOutputs) -> Tensor:
+        """log w, (B, T) or (B, 1), nats, with gradient."""
+        return log_importance_weights(outputs, self.importance_sampling_level)
+
+
+def log_importance_weights(outputs: ModelOutputs, level: ImportanceLevel) -> Tensor:
+    """Log of policy over generating policy, per token (B, T) or averaged per sequence (B, 1)."""
+    log_ratio = outputs.per_token_logps - outputs.old_per_token_logps
+    if level == "token":
+        return log_ratio
+    return (masked_sum(log_ratio, outputs.mask) / outputs.lengths).unsqueeze(-1)
+
+
+def clip_bounds(epsilon: float, epsilon_high: float | None) -> tuple[float, float]:
+    """Check the clip range; the upper part equals the lower one if it is not given."""
+    check_range("epsilon", epsilon, at_least=0)
+    high = epsilon if epsilon_high is None else check_range("epsilon_high", epsilon_high, at_least=0)
+    return epsilon, high
+
+
+def check_delta(delta: float | None) -> float | None:
+    """Check the upper bound of the two-sided clip."""
+    if delta is not None and delta <= 0:
+        raise LossConfigError(f"hyperparameter 'delta': expected a value > 0 or null, found {delta!r}")
+    return delta

@@ -1,0 +1,30 @@
+"""Identity preference optimisation."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...base import Metrics
+from ...registry import LossFunctionRegistry
+from ...types import ModelOutputs, PreferenceBatch
+from .score_difference import ScoreDifferenceLoss
+
+
+@LossFunctionRegistry.register("ipo")
+class IPOLoss(ScoreDifferenceLoss):
+    """IPO: squared distance of the score margin per token from 1 / (2 beta).
+
+    loss = (score_chosen / length_chosen - score_rejected / length_rejected - 1 / (2 beta))^2
+
+    The paper's formula has the score of the whole completion; dividing by the number of its tokens is what TRL does,
+    on the word of the paper's authors.
+
+    Args:
+        beta: The paper's regularisation tau, > 0.
+        f_divergence_type, f_alpha_divergence_coef: The scores (see `ScoreDifferenceLoss`).
+
+    Source: Azar et al. 2023, arXiv:2310.12036, equation 17.
+    """
+
+    def forward(self, batch: PreferenceBatch, model_outputs: ModelOutputs) -> tuple[Tensor, Metrics]:
+        return (self.mean_margin(model_outputs) - 1 / (2 * self.beta)) ** 2, {}

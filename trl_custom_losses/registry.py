@@ -1,0 +1,300 @@
+"""The registry: one dict from name to loss, the only way from a configuration to a loss object."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from .base import FunctionLoss, Loss, LossFunction, ObjectLoss, annotated_family
+from .errors import LossConfigError, UnknownLossError
+from .hyperparameters import hyperparameters_of, resolve, suggestion
+from .reductions import REDUCTIONS
+from .types import REQUIREMENTS, Family
+
+ENTRY_POINT_GROUP = "trl_custom_losses.losses"
+
+_IMPORT_PATH = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """What a loss is built for.
+
+    Args:
+        family: The trainer's family; None accepts any.
+        defaults: Fields of the trainer's config that losses of `family` fall back to.
+        defaults_from: The config's name, for messages.
+    """
+
+    family: Family | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    defaults_from: str = "trainer config"
+
+
+class LossFunctionRegistry:
+    """Names of losses. `register` adds one, `get` looks one up, `build` makes a loss from a configuration."""
+
+    _functions: ClassVar[dict[str, type[Loss]]] = {}
+    _loaded: ClassVar[bool] = False
+
+    @classmethod
+    def register(cls, name: str, **facts: Any) -> Callable[[Any], Any]:
+        """Decorator that registers a loss class or a function `f(batch, outputs, *, beta=0.1)` under `name`.
+
+        Args:
+            name: The name used as `type` in configurations.
+            **facts: Class attributes of `Loss` for a function: `family` ("preference" or "policy"; may be left out
+                if the first argument is annotated `PreferenceBatch` or `PolicyBatch`), `requires`, `columns`,
+                `reduction`, ...
+
+        Raises:
+            LossConfigError: The name is taken or malformed, the object is no loss, or a fact is unknown.
+        """
+
+        def decorator(loss: Any) -> Any:
+            if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][\w-]*", name):
+                raise LossConfigError(f"a loss is registered under a name such as 'my_loss', found {name!r}")
+            if name not in cls._functions and not cls._loaded and not _is_builtin(loss):
+                cls._load()  # so that a clash with a name of this package shows at once
+            if name in cls._functions:
+                raise LossConfigError(
+                    f"a loss named '{name}' is already registered ({_where(cls._functions[name])}); choose another "
+                    f"name for {_where(loss)}"
+                )
+            cls._functions[name] = _as_loss_class(loss, facts, name)
+            return loss
+
+        return decorator
+
+    @classmethod
+    def get(cls, name: str) -> type[Loss]:
+        """The loss class registered under `name` or named by an import path `package.module:attribute`.
+
+        Raises:
+            UnknownLossError: Nothing has that name.
+            LossConfigError: The import path fails.
+        """
+        return cls._find(name, family=None)
+
+    @classmethod
+    def names(cls, family: Family | None = None) -> list[str]:
+        """Sorted names of the registered losses, of one family or of all; family-neutral compositions are in each."""
+        cls._load()
+        if family not in (None, *REQUIREMENTS):
+            raise LossConfigError(f"a family is 'preference' or 'policy', found {family!r}")
+        return sorted(name for name, loss in cls._functions.items() if family is None or loss.family in (family, None))
+
+    @classmethod
+    def build(
+        cls,
+        config: str | Mapping[str, Any] | LossFunction,
+        *,
+        family: Family | None = None,
+        defaults: Mapping[str, Any] | None = None,
+        context: BuildContext | None = None,
+    ) -> Loss:
+        """Make the loss that `config` describes.
+
+        Args:
+            config: A name, `{"type": name, **hyperparameters}`, a loss object or a plain function.
+            family: The trainer's family.
+            defaults: Values for hyperparameters that `config` leaves out, such as the trainer's config fields.
+            context: Both of these at once.
+
+        Raises:
+            LossConfigError: The name is unknown, of another family, or a hyperparameter is unknown, missing, ill-typed
+                or out of range.
+        """
+        context = context or BuildContext(family=family, defaults=defaults or {})
+        if isinstance(config, (str, Mapping)):
+            loss = cls._from_config(config, context)
+        else:
+            loss = _from_object(config, context)
+        _check_facts(loss)
+        if context.family is not None and loss.family != context.family:
+            raise _wrong_family(loss.name, loss.family, context.family)
+        return loss
+
+    @classmethod
+    def _from_config(cls, config: str | Mapping[str, Any], context: BuildContext) -> Loss:
+        settings = {"type": config} if isinstance(config, str) else dict(config)
+        if "type" not in settings:
+            raise LossConfigError(f"`loss_function` needs a 'type', found only {sorted(map(str, settings))}")
+        type_ = settings.pop("type")
+        if not isinstance(type_, str):
+            raise LossConfigError(f"`loss_function.type` is a name, found {type_!r} ({type(type_).__name__})")
+        if not all(isinstance(key, str) for key in settings):
+            raise LossConfigError(f"loss '{type_}': hyperparameter names are text, found {list(settings)}")
+        loss_class = cls._find(type_, context.family)
+        if loss_class.family is not None and context.family not in (None, loss_class.family):
+            raise _wrong_family(type_, loss_class.family, context.family)
+        declared = (
+            hyperparameters_of(loss_class.function)
+            if issubclass(loss_class, FunctionLoss)
+            else hyperparameters_of(getattr(loss_class, "wrapped", loss_class))
+        )
+        # Fields of the trainer's config mean what they say within its own family only.
+        own = context.family is not None and loss_class.family == context.family
+        values, origins = resolve(type_, declared, settings, context.defaults if own else {}, context.defaults_from)
+        try:
+            loss = loss_class.from_hyperparameters(values, context)
+        except LossConfigError as error:
+            raise LossConfigError(f"loss '{type_}': {error}") from error
+        except (TypeError, ValueError) as error:
+            raise LossConfigError(f"loss '{type_}' rejected its hyperparameters {values}: {error}") from error
+        loss.name, loss.origins = type_, origins
+        return loss
+
+    @classmethod
+    def _find(cls, name: str, family: Family | None) -> type[Loss]:
+        if name in cls._functions:
+            return cls._functions[name]
+        cls._load()
+        if name in cls._functions:
+            return cls._functions[name]
+        if ":" in str(name):
+            return _as_loss_class(_import(name), {}, name, family=family)
+        raise UnknownLossError(
+            f"there is no loss named {name!r}{suggestion(str(name), cls._functions)}. Registered: "
+            f"{', '.join(cls.names(family))}. A loss of your own is named by its import path, 'package.module:Loss'."
+        )
+
+    @classmethod
+    def _load(cls) -> None:
+        """Register this package's losses and those that installed packages announce as entry points."""
+        if cls._loaded:
+            return
+        cls._loaded = True
+        importlib.import_module(f"{__package__}.losses")
+        importlib.import_module(f"{__package__}.composition")
+        for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+            try:
+                loss = entry_point.load()
+                if entry_point.name not in cls._functions:  # the module may have registered it itself
+                    cls.register(entry_point.name)(loss)
+            except Exception as error:  # a broken plugin must not take the others down; using its name still fails
+                warnings.warn(
+                    f"the loss '{entry_point.name}' ({entry_point.value}) could not be loaded: {error}", stacklevel=2
+                )
+
+
+def _import(path: str) -> Any:
+    if not _IMPORT_PATH.match(path):
+        raise LossConfigError(f"an import path looks like 'package.module:Loss', found {path!r}")
+    module_name, attribute = path.split(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the user's module raises while it is imported
+        raise LossConfigError(
+            f"could not import '{module_name}' for the loss {path!r}: {type(error).__name__}: {error}"
+        ) from error
+    found: Any = module
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            names = [name for name in vars(module) if not name.startswith("_")]
+            raise LossConfigError(
+                f"module '{module_name}' has no '{attribute}'{suggestion(part, names)} for the loss {path!r}"
+            )
+        found = getattr(found, part)
+    return found
+
+
+def _as_loss_class(loss: Any, facts: Mapping[str, Any], name: str, family: Family | None = None) -> type[Loss]:
+    """The class that `build` instantiates for a loss class, a function or any class with `__call__`."""
+    for registered in LossFunctionRegistry._functions.values():
+        # An import path may name a function that its module registered with its facts.
+        if isinstance(registered, type) and issubclass(registered, FunctionLoss) and registered.function is loss:
+            return registered
+    facts = dict(facts)
+    unknown = [fact for fact in facts if fact not in vars(Loss).get("__annotations__", {})]
+    if unknown:
+        raise LossConfigError(f"loss '{name}': unknown facts {unknown}; a loss may declare the attributes of `Loss`")
+    if inspect.isclass(loss) and issubclass(loss, Loss):
+        if facts:
+            raise LossConfigError(f"loss '{name}': declare {sorted(facts)} as class attributes of {loss.__name__}")
+        return loss
+    if inspect.isclass(loss) and callable(getattr(loss, "__call__", None)) and "__call__" in dir(loss):
+        facts = {**{fact: getattr(loss, fact) for fact in _facts() if hasattr(loss, fact)}, **facts}
+        facts.setdefault("family", family)
+        return ObjectLoss.wrap(loss, facts)
+    if callable(loss) and not inspect.isclass(loss):
+        facts.setdefault("family", annotated_family(loss) or getattr(loss, "family", None) or family)
+        if facts["family"] is None:
+            raise LossConfigError(
+                f"loss '{name}': say which family the function belongs to, `register('{name}', family='preference')` "
+                "or 'policy', or annotate its first argument as PreferenceBatch or PolicyBatch"
+            )
+        return FunctionLoss.wrap(loss, facts)
+    raise LossConfigError(f"loss '{name}' must be a class or a function `f(batch, outputs, *, ...)`, found {loss!r}")
+
+
+def _from_object(loss: Any, context: BuildContext) -> Loss:
+    """A loss object or a plain function handed over in place of a configuration."""
+    if isinstance(loss, Loss):
+        loss.name = loss.name or type(loss).__name__
+        return loss
+    if inspect.isclass(loss):
+        raise LossConfigError(f"expected a loss object, found the class {loss.__name__}: write `{loss.__name__}(...)`")
+    if inspect.isfunction(loss):
+        loss_class = _as_loss_class(loss, {}, loss.__name__, context.family)
+        values, origins = resolve(loss.__name__, hyperparameters_of(loss), {}, context.defaults, context.defaults_from)
+        built = loss_class.from_hyperparameters(values, context)
+        built.name, built.origins = loss.__name__, origins
+        return built
+    if callable(loss):
+        facts = {fact: getattr(loss, fact) for fact in _facts() if hasattr(loss, fact)}
+        facts.setdefault("family", context.family)
+        built = ObjectLoss.wrap(type(loss), facts).hold(loss)
+        built.name = type(loss).__name__
+        return built
+    raise LossConfigError(
+        f"`loss_function` is a name, a dict with 'type', a loss object or a function, found {loss!r} "
+        f"({type(loss).__name__})"
+    )
+
+
+def _facts() -> list[str]:
+    return [fact for fact in vars(Loss)["__annotations__"] if fact not in ("name", "origins")]
+
+
+def _check_facts(loss: Loss) -> None:
+    """Reject what a loss declares about itself and the framework does not know."""
+    if loss.family not in REQUIREMENTS:
+        raise LossConfigError(f"loss '{loss.name}': `family` must be 'preference' or 'policy', found {loss.family!r}")
+    known = REQUIREMENTS[loss.family]
+    if isinstance(loss.requires, str) or isinstance(loss.columns, str):
+        raise LossConfigError(f"loss '{loss.name}': `requires` and `columns` are collections of names, not one text")
+    for name in loss.requires:
+        if name not in known:
+            raise LossConfigError(
+                f"loss '{loss.name}' requires '{name}', which a {loss.family} trainer cannot compute"
+                f"{suggestion(name, known)}; it can compute {', '.join(sorted(known))}"
+            )
+    if isinstance(loss.reduction, str) and loss.reduction not in REDUCTIONS:
+        raise LossConfigError(
+            f"loss '{loss.name}': unknown reduction '{loss.reduction}'{suggestion(loss.reduction, REDUCTIONS)}; "
+            f"there are {', '.join(REDUCTIONS)}"
+        )
+
+
+def _wrong_family(name: str, found: Family | None, wanted: Family) -> LossConfigError:
+    trainer = {"preference": "DPO", "policy": "GRPO"}
+    return LossConfigError(
+        f"loss '{name}' is a {found} loss and cannot run in a {trainer[wanted]} trainer, which takes {wanted} losses: "
+        f"{', '.join(LossFunctionRegistry.names(wanted))}"
+    )
+
+
+def _is_builtin(loss: Any) -> bool:
+    return getattr(loss, "__module__", "").startswith(f"{__package__}.")
+
+
+def _where(loss: Any) -> str:
+    loss = getattr(loss, "function", None) or getattr(loss, "wrapped", None) or loss
+    return f"{getattr(loss, '__module__', '?')}.{getattr(loss, '__qualname__', loss)}"

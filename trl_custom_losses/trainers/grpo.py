@@ -1,0 +1,323 @@
+"""`trl.GRPOTrainer` with the objective from the registry."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from trl import GRPOTrainer
+from trl.extras.profiling import profiling_decorator
+
+from ..losses.policy.importance import log_importance_weights
+from ..reductions import reduce_loss, reduce_values
+from ..types import Denominators, ModelOutputs, PolicyBatch, Rollout
+from .base import COLUMN_PREFIX, LossFunctionTrainer, column_values
+from .config import CustomGRPOConfig
+from .forward import PolicyForward
+from .metric_buffer import summarise
+
+_REWARDS, _GROUPS, _PREPARED_PREFIX = "loss_rewards", "loss_group_ids", "loss_prepared:"
+
+# What TRL's per-token forward takes besides ids, mask and lengths: image tensors and the like.
+_FORWARD_OPTIONS = tuple(
+    name
+    for name, parameter in inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters.items()
+    if parameter.default is None and name != "batch_size"
+)
+
+
+class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
+    """`trl.GRPOTrainer` whose objective is a loss from the registry.
+
+    Takes TRL's arguments and `loss_function`; so does `CustomGRPOConfig`. Without one it is TRL's trainer, unchanged.
+    TRL's options around the surrogate (KL term, masks, vLLM ratios, entropy bonus, MoE loss) act on every loss.
+
+    Args:
+        *args, **kwargs: As for `trl.GRPOTrainer`.
+        loss_function: A name, `{"type": name, **hyperparameters}`, a loss object or a function.
+
+    Raises:
+        LossConfigError: The loss cannot be built, its columns are missing, or an option of the config cannot be
+            honoured with it. Raised before a model is loaded.
+    """
+
+    _default_config = CustomGRPOConfig
+    _default_suffix = "GRPO"
+    _gathered_rewards: Tensor | None = None
+
+    def __init__(self, *args: Any, loss_function: Any = None, **kwargs: Any) -> None:
+        arguments = self._choose_loss(GRPOTrainer, loss_function, args, kwargs)
+        config = arguments.get("args")
+        requires = () if self.loss_function is None else self.loss_function.requires
+        # At beta = 0 TRL builds no reference at all, but the loss asks for its log-probabilities.
+        self._reference_for_loss = config is not None and config.beta == 0 and "ref_per_token_logps" in requires
+        with self._reference_switched_on(config):
+            super().__init__(**arguments)
+        self.beta = self.args.beta
+        self._set_up_loss()
+
+    @contextmanager
+    def _reference_switched_on(self, target: Any) -> Iterator[None]:
+        """Let `target.beta` be non-zero while TRL decides whether to build or run the reference."""
+        if not self._reference_for_loss:
+            yield
+            return
+        target.beta = 1.0
+        try:
+            yield
+        finally:
+            target.beta = 0.0
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        missing = [column for column in self._columns if column not in self._signature_columns]
+        self._signature_columns = [*self._signature_columns, *missing]
+
+    # Rollouts
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._gathered_rewards = super()._calculate_rewards(*args, **kwargs)
+        return self._gathered_rewards
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        with self._reference_switched_on(self):
+            output = super()._generate_and_score_completions(inputs)
+        if self.loss_function is not None:
+            self._extend_rollout(inputs, output)
+        return output
+
+    def _extend_rollout(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> None:
+        """Add rewards, prompt groups, columns and what the loss prepares, while prompt groups are still whole."""
+        mode = "train" if self.model.training else "eval"
+        rewards = self._gathered_rewards  # (N, F), all ranks
+        size = output["completion_ids"].size(0)
+        local = slice(self.accelerator.process_index * size, (self.accelerator.process_index + 1) * size)
+        generations = self.num_generations if mode == "train" else self.num_generations_eval
+        groups = torch.arange(rewards.size(0), device=rewards.device) // generations
+        columns = {name: column_values(inputs, name) for name in self._columns}
+        columns = {
+            name: value.to(rewards.device) if isinstance(value, Tensor) else value for name, value in columns.items()
+        }
+        output[_REWARDS], output[_GROUPS] = rewards[local], groups[local]
+        output |= {COLUMN_PREFIX + name: value for name, value in columns.items()}
+        if not getattr(self.loss_function, "prepares", False):
+            return
+        rollout = Rollout(
+            rewards=rewards,
+            reward_weights=self.reward_weights.to(rewards.device),
+            advantages=self.accelerator.gather(output["advantages"]),
+            group_ids=groups,
+            completion_ids=output["completion_ids"],
+            mask=output["completion_mask"] * output.get("tool_mask", 1),
+            columns=columns,
+            local=local,
+            gather=self.accelerator.gather,
+        )
+        for name, value in self.loss_function.prepare(rollout).items():
+            if not isinstance(value, Tensor) or value.dim() == 0 or value.size(0) != size:
+                raise ValueError(
+                    f"`prepare` of the loss '{self.loss_function.name}' must return tensors with {size} rows, this "
+                    f"rank's sequences; '{name}' is {tuple(value.shape) if isinstance(value, Tensor) else type(value)}"
+                )
+            if name == "advantages":
+                self._replace_advantages(output, value)
+            else:
+                output[_PREPARED_PREFIX + name] = value
+
+    def _replace_advantages(self, output: dict[str, Any], advantages: Tensor) -> None:
+        """Use the loss's advantages, in the completions table too (the mean over tokens, if they are per token)."""
+        output["advantages"] = advantages.detach()
+        per_sequence = advantages.detach() if advantages.dim() == 1 else advantages.detach().mean(1)
+        shown = self.accelerator.gather(per_sequence).tolist()
+        table = self._logs["advantages"]
+        for _ in range(min(len(shown), len(table))):
+            table.pop()
+        table.extend(shown)
+
+    # Loss
+
+    @profiling_decorator
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor:
+        """The registry's loss on one micro-batch; TRL's own without one."""
+        if self.loss_function is None or return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return self._registry_loss(model, dict(inputs))
+
+    def _registry_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        loss_function = self.loss_function
+        mode = "train" if self.model.training else "eval"
+        accumulation = self.current_gradient_accumulation_steps if mode == "train" else 1.0
+        outputs, aux_loss = self._forward(model, inputs)
+        batch, entropy_mask = self._batch(inputs, outputs, accumulation)
+
+        raw, metrics = loss_function(batch, outputs)
+        loss = reduce_loss(loss_function, raw, batch)
+        kl = self._per_token_kl(outputs)
+        if kl is not None:
+            loss = loss + self.beta * reduce_values(kl, batch, loss_function.kl_reduction)
+        watched = {"loss": loss} | {name: value for name, value in metrics.items() if name.endswith("_loss")}
+        watched |= {
+            "per_token_logps": outputs.per_token_logps,
+            "old_per_token_logps": outputs.old_per_token_logps,
+            "advantages": batch.advantages,
+        }
+        if kl is not None:
+            watched["ref_per_token_logps"] = outputs.ref_per_token_logps
+
+        collected = summarise(metrics, batch.mask, loss_function.name)
+        if self._entropy_bonus_enabled:
+            # TRL reports the normalised types' own mean, the token-mean types' share of the step.
+            policy_loss = loss.detach() * (1.0 if loss_function.kl_reduction == "token_mean" else accumulation)
+            collected["policy_loss"] = (policy_loss, 1.0, "micro_batch", "mean")
+            loss = loss - self._entropy_bonus(outputs, batch.mask, entropy_mask, mode) / accumulation
+        if aux_loss is not None:
+            loss = loss + self.router_aux_loss_coef * aux_loss / accumulation
+            collected["aux_loss"] = (aux_loss.detach(), 1.0, "micro_batch", "mean")
+        self._stop_on_nonfinite(watched)
+        collected["entropy"] = self._token_average(outputs.entropies, batch.mask)
+        if kl is not None:
+            collected["kl"] = self._token_average(kl, batch.mask)
+        self._buffers[mode].add(collected)
+        return loss
+
+    def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[ModelOutputs, Tensor | None]:
+        """One forward pass through TRL's own per-token path; also the MoE auxiliary loss."""
+        completion_mask = inputs["completion_mask"]
+        mask = completion_mask * inputs["tool_mask"] if "tool_mask" in inputs else completion_mask
+        forward = PolicyForward(
+            model,
+            backbone=self._backbone(),
+            requires=self.loss_function.requires,
+            temperature=self.temperature,
+        )
+        logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(
+            forward,
+            torch.cat((inputs["prompt_ids"], inputs["completion_ids"]), dim=1),
+            torch.cat((inputs["prompt_mask"], completion_mask), dim=1),
+            completion_mask.size(1),
+            compute_entropy=True,
+            compute_aux_loss=self.aux_loss_enabled,
+            **{name: inputs.get(name) for name in _FORWARD_OPTIONS},
+        )
+        old = inputs.get("old_per_token_logps")
+        logits = None if forward.logits is None else forward.logits[:, -completion_mask.size(1) :]
+        outputs = ModelOutputs(
+            per_token_logps=logps,
+            mask=mask,
+            entropies=entropies,
+            # Generation aligned with the optimizer step: the policy that generated is this one.
+            old_per_token_logps=logps.detach() if old is None else old,
+            ref_per_token_logps=inputs.get("ref_per_token_logps"),
+            pooled_hidden=forward.pooled_hidden(mask),
+            logits=logits,
+        )
+        return outputs, aux_loss
+
+    def _batch(
+        self, inputs: dict[str, Any], outputs: ModelOutputs, accumulation: float
+    ) -> tuple[PolicyBatch, Tensor | None]:
+        """What the loss sees, with TRL's masks; also the high-entropy mask alone."""
+        advantages = inputs["advantages"]
+        advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
+        keep, entropy_mask = None, None
+        if self.off_policy_mask_threshold is not None:
+            keep = self.get_off_policy_mask(
+                advantages=advantages,
+                per_token_logps=outputs.per_token_logps,
+                # The sampler's own log-probabilities also reveal the mismatch between vLLM and the training model.
+                sampling_per_token_logps=inputs.get("sampling_per_token_logps", outputs.old_per_token_logps),
+                mask=outputs.mask,
+                off_policy_threshold=self.off_policy_mask_threshold,
+            )
+        if self.top_entropy_quantile < 1.0:
+            entropy_mask = self.get_high_entropy_mask(outputs.entropies, outputs.mask, 1 - self.top_entropy_quantile)
+            keep = entropy_mask if keep is None else keep * entropy_mask
+        ratio = None
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            ratio = inputs["importance_sampling_ratio"]
+        batch = PolicyBatch(
+            prompt_ids=inputs["prompt_ids"],
+            completion_ids=inputs["completion_ids"],
+            mask=outputs.mask,
+            advantages=advantages,
+            rewards=inputs.get(_REWARDS),
+            group_ids=inputs.get(_GROUPS),
+            keep_mask=keep,
+            importance_sampling_ratio=ratio,
+            columns=self._take_columns(inputs),
+            prepared={
+                name.removeprefix(_PREPARED_PREFIX): value
+                for name, value in inputs.items()
+                if name.startswith(_PREPARED_PREFIX)
+            },
+            denominators=self._denominators(inputs, outputs.mask, accumulation),
+        )
+        return batch, entropy_mask
+
+    def _denominators(self, inputs: dict[str, Any], mask: Tensor, accumulation: float) -> Denominators:
+        """TRL's normalisers: the loss divides by the accumulation itself, and ranks are averaged."""
+        if "num_items_in_batch" not in inputs:  # a micro-batch made by hand counts as the whole batch
+            return Denominators(
+                sequences=mask.size(0) * accumulation, tokens=mask.sum() * accumulation, micro_batches=accumulation
+            )
+        # Tokens are counted over the generation batch of all ranks; scale them to one optimizer step.
+        tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
+        if self.model.training:
+            tokens = tokens * accumulation / self.args.steps_per_generation
+        return Denominators(sequences=mask.size(0) * accumulation, tokens=tokens, micro_batches=accumulation)
+
+    def _per_token_kl(self, outputs: ModelOutputs) -> Tensor | None:
+        """Schulman's k3 estimate of KL(policy || reference), (B, T), nats; None at beta = 0."""
+        if self.beta == 0:
+            return None
+        difference = outputs.ref_per_token_logps - outputs.per_token_logps
+        kl = torch.exp(difference) - difference - 1
+        if self.args.use_bias_correction_kl:
+            leaves = self.loss_function.leaves()
+            levels = [leaf.importance_sampling_level for leaf in leaves if hasattr(leaf, "importance_sampling_level")]
+            level = levels[0] if levels else self.importance_sampling_level
+            kl = kl * torch.exp(log_importance_weights(outputs, level))
+        return kl
+
+    def _entropy_bonus(self, outputs: ModelOutputs, mask: Tensor, entropy_mask: Tensor | None, mode: str) -> Tensor:
+        """Coefficient times mean token entropy; in adaptive mode also moves TRL's controller at the step's end."""
+        effective = mask if entropy_mask is None else mask * entropy_mask
+        total, count = (outputs.entropies * effective).sum(), effective.sum()
+        coefficient = self.entropy_coef
+        # The controller's state is that of the last optimizer step, so that all micro-batches of one step agree.
+        if self.use_adaptive_entropy and self._last_world_entropy > self.args.entropy_target:
+            coefficient = 0.0
+        ends_step = mode == "train" and self.accelerator.sync_gradients
+        if self.use_adaptive_entropy and mode == "train":
+            window = torch.stack((total, count)).detach()
+            if self._entropy_window_stats is not None:
+                window = window + self._entropy_window_stats
+            self._entropy_window_stats = None if ends_step else window
+            if ends_step:
+                self._move_entropy_coefficient(window)
+        if ends_step:
+            self._metrics[mode]["entropy_coef"].append(self.entropy_coef)
+        return coefficient * total / count.clamp(min=1.0)
+
+    def _move_entropy_coefficient(self, window: Tensor) -> None:
+        """One step of TRL's controller towards `entropy_target`, from the entropy of the whole optimizer step."""
+        total, count = self.accelerator.reduce(window, reduction="sum")
+        entropy = (total / count.clamp(min=1.0)).item()
+        low = entropy <= self.args.entropy_target
+        moved = self.entropy_coef + (self.args.entropy_coef_delta if low else -self.args.entropy_coef_delta)
+        self.entropy_coef = min(moved, self.args.entropy_coef_max) if low else max(moved, self.args.entropy_coef_min)
+        self._last_world_entropy = entropy
+
+    @staticmethod
+    def _token_average(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, str, str]:
+        return (values.detach() * mask).sum(), mask.sum(), "micro_batch", "mean"

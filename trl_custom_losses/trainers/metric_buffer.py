@@ -1,0 +1,160 @@
+"""Metrics stay on the device and are reduced over ranks in one collective when something logs."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..types import Metric
+
+# A packed vector is a multiple of this long, so that ranks whose metrics differ slightly still meet in the collective
+# and can say so, instead of failing inside it.
+_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class _Key:
+    name: str
+    per: str
+    reduce: str
+
+
+class MetricBuffer:
+    """Collects (sum, count) pairs of metrics, micro-batch by micro-batch.
+
+    A metric averaged per "log" is the total sum over the total count since the last log. One per "micro_batch" is
+    the mean over micro-batches of each one's sum over count, both taken over all ranks: the value TRL logs. "min" and
+    "max" are taken over all ranks' sequences of a micro-batch and then averaged over micro-batches.
+    """
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[tuple[_Key, ...], Tensor]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._rows)
+
+    def add(self, metrics: Mapping[str, tuple[Tensor, Tensor | float, str, str]]) -> None:
+        """Add one micro-batch.
+
+        Args:
+            metrics: Name -> (sum or extremum, count, per, reduce), scalars on the device.
+        """
+        if not metrics:
+            return
+        keys = tuple(_Key(name, per, reduce) for name, (_, _, per, reduce) in sorted(metrics.items()))
+        device = next(iter(metrics.values()))[0].device
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # token counts outgrow float32
+
+        def scalar(value: Tensor | float) -> Tensor:
+            if isinstance(value, Tensor):
+                return value.detach().to(device=device, dtype=dtype).reshape(())
+            return torch.full((), value, device=device, dtype=dtype)
+
+        flat = [scalar(part) for key in keys for part in metrics[key.name][:2]]
+        self._rows.append((keys, torch.stack(flat)))
+
+    def reduce(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Reduce everything collected, over ranks, and start anew. Every rank must call it.
+
+        Args:
+            gather: Concatenates a 1-d tensor over ranks.
+
+        Raises:
+            RuntimeError: The ranks collected different metrics.
+        """
+        if not self._rows:
+            return {}
+        rows, self._rows = self._rows, []
+        layout = zlib.crc32(repr([keys for keys, _ in rows]).encode())
+        values = torch.cat([row for _, row in rows])
+        padded = values.new_zeros(math.ceil((values.numel() + 1) / _BLOCK) * _BLOCK)
+        padded[0] = layout % 2**24  # exact in float32 too
+        padded[1 : values.numel() + 1] = values
+        gathered = gather(padded).reshape(-1, padded.numel()).cpu()  # the one transfer to the host
+        if (gathered[:, 0] != gathered[0, 0]).any():
+            names = sorted({key.name for keys, _ in rows for key in keys})
+            raise RuntimeError(
+                "ranks logged different metrics; a loss must return the same metric names on every rank and "
+                f"micro-batch. This rank: {names}"
+            )
+        return _combine([keys for keys, _ in rows], gathered[:, 1 : values.numel() + 1])
+
+
+def _combine(layouts: list[tuple[_Key, ...]], gathered: Tensor) -> dict[str, float]:
+    """Average what was gathered, (ranks, 2 x metrics of all micro-batches)."""
+    totals: dict[str, list[float]] = {}
+    per_micro_batch: dict[str, list[float]] = {}
+    position = 0
+    for keys in layouts:
+        block = gathered[:, position : position + 2 * len(keys)].reshape(gathered.size(0), len(keys), 2)
+        position += 2 * len(keys)
+        summed = block.sum(0).tolist()
+        lowest, highest = block[..., 0].amin(0).tolist(), block[..., 0].amax(0).tolist()
+        for index, key in enumerate(keys):
+            total, count = summed[index]
+            if key.per == "log":
+                running = totals.setdefault(key.name, [0.0, 0.0])
+                running[0] += total
+                running[1] += count
+                continue
+            if key.reduce == "mean":
+                value = total / count if count else 0.0
+            else:
+                value = lowest[index] if key.reduce == "min" else highest[index]
+            if math.isfinite(value) or key.reduce == "mean":  # an extremum over no sequence is infinite
+                per_micro_batch.setdefault(key.name, []).append(value)
+    result = {name: total / count for name, (total, count) in totals.items() if count}
+    result |= {name: sum(values) / len(values) for name, values in per_micro_batch.items()}
+    return result
+
+
+def summarise(
+    metrics: Mapping[str, Tensor | Metric | float], mask: Tensor, where: str
+) -> dict[str, tuple[Tensor, Tensor | float, str, str]]:
+    """Turn what a loss returned as metrics into sums and counts, without leaving the device.
+
+    Args:
+        metrics: Scalars, (N,) per sequence or pair, (N, 1) or (N, T) per token; N rows from the top of `mask`.
+        mask: Scored tokens, (rows, T).
+        where: The loss's name, for messages.
+    """
+    summed = {}
+    for name, metric in metrics.items():
+        value, per, reduce = metric, "log", "mean"
+        if isinstance(metric, Metric):
+            value, reduce = metric.value, metric.reduce
+            per = metric.per if reduce == "mean" else "micro_batch"
+        if not isinstance(value, Tensor):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(
+                    f"loss '{where}': metric '{name}' must be a detached tensor, found {type(value).__name__}"
+                )
+            value = torch.full((), float(value), device=mask.device)
+        value = value.detach().float() if not value.dtype.is_floating_point else value.detach()
+        summed[name] = (*_sum_and_count(value, mask, reduce, f"loss '{where}': metric '{name}'"), per, reduce)
+    return summed
+
+
+def _sum_and_count(value: Tensor, mask: Tensor, reduce: str, what: str) -> tuple[Tensor, Tensor | float]:
+    if value.dim() == 2 and value.size(1) == 1:
+        value = value.squeeze(1)
+    if value.dim() == 2:
+        if value.size(1) != mask.size(1) or value.size(0) > mask.size(0):
+            raise ValueError(f"{what} has shape {tuple(value.shape)}, but the batch has {tuple(mask.shape)} tokens")
+        rows = mask[: value.size(0)]
+        if reduce == "mean":
+            return value.masked_fill(rows == 0, 0).sum(), rows.sum()
+        lengths = rows.sum(1)
+        means = value.masked_fill(rows == 0, 0).sum(1) / lengths.clamp(min=1)
+        none = torch.inf if reduce == "min" else -torch.inf
+        value = means.masked_fill(lengths == 0, none)  # a sequence without tokens has no mean
+    if value.dim() > 2:
+        raise ValueError(f"{what} must be a scalar, (B,), (B, 1) or (B, T), found {tuple(value.shape)}")
+    if reduce == "mean":
+        return value.sum(), float(value.numel())
+    return (value.amin() if reduce == "min" else value.amax()), 1.0
