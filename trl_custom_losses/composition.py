@@ -29,6 +29,7 @@ class ComposedLoss(Loss):
             `weight` defaults to 1.
 
     Errors: No component, two of the same name, or components of different families.
+
     Source: DPO's `loss_type` lists with `loss_weights` are this sum (Wang et al. 2024, arXiv:2411.10442).
     """
 

@@ -219,7 +219,7 @@ def _as_loss_class(loss: Any, facts: Mapping[str, Any], name: str, family: Famil
         if facts:
             raise LossConfigError(f"loss '{name}': declare {sorted(facts)} as class attributes of {loss.__name__}")
         return loss
-    if inspect.isclass(loss) and callable(getattr(loss, "__call__", None)) and "__call__" in dir(loss):
+    if inspect.isclass(loss) and any("__call__" in vars(base) for base in loss.__mro__):
         facts = {**{fact: getattr(loss, fact) for fact in _facts() if hasattr(loss, fact)}, **facts}
         facts.setdefault("family", family)
         return ObjectLoss.wrap(loss, facts)

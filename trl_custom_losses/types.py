@@ -8,9 +8,9 @@ positions and H for the hidden size. Log-probabilities are natural logarithms, s
 | `outputs.per_token_logps` | (2B, T) or (B, T) | policy log-probability of each token, with gradient | always |
 | `outputs.mask` | same | 1 where the position is a scored completion token | always |
 | `outputs.entropies` | same | entropy of the next-token distribution, nats, with gradient | always |
-| `outputs.logps`, `.mean_logps`, `.lengths` | (2B,) or (B,) | sum and mean over scored tokens; their number | always |
-| `outputs.ref_logps`, `.log_ratios` | (2B,) or (B,) | reference sum; policy minus reference | preference: always; policy: \
-with `ref_per_token_logps` |
+| `outputs.logps`, `.mean_logps`, `.lengths` | (2B,) or (B,) | sum, mean and number of scored tokens | always |
+| `outputs.ref_logps`, `.log_ratios` | (2B,) or (B,) | reference sum; policy minus reference | preference: always; \
+policy: with `ref_per_token_logps` |
 | `outputs.ref_per_token_logps` | as `per_token_logps` | reference log-probability of each token | required |
 | `outputs.old_per_token_logps` | (B, T) | log-probabilities at generation time, detached | policy: always |
 | `outputs.pooled_hidden` | (2B, H) or (B, H) | mean last hidden state of the completion, float32, with gradient | \

@@ -161,8 +161,8 @@ def check_columns(loss: Loss, dataset: Any, which: str) -> None:
     for column in loss.columns:
         if column not in names:
             raise LossConfigError(
-                f"the loss '{loss.name}' needs the column '{column}', which `{which}` lacks{suggestion(column, names)}; "
-                f"it has {', '.join(names)}"
+                f"the loss '{loss.name}' needs the column '{column}', which `{which}` lacks"
+                f"{suggestion(column, names)}; it has {', '.join(names)}"
             )
 
 

@@ -10,7 +10,9 @@ from .grpo import GRPOLoss
 class LUSPOLoss(GRPOLoss):
     """LUSPO: the clipped surrogate summed over each sequence's tokens, then averaged over sequences.
 
-    loss = mean_sequences sum_tokens loss_t;  the paper's setting is `importance_sampling_level: sequence`
+    loss = mean_sequences sum_tokens loss_t
+
+    The paper's setting is `importance_sampling_level: sequence`.
 
     Args:
         epsilon, epsilon_high, delta, importance_sampling_level: As for `grpo`.

@@ -18,7 +18,7 @@ from .importance import ImportanceWeightedLoss
 class SAPOLoss(ImportanceWeightedLoss):
     """SAPO: the ratio passes a sigmoid gate whose slope is 1 at ratio 1 and fades on both sides.
 
-    loss_t = -(4 / tau) sigmoid(tau (w_t - 1)) A,  tau by the sign of A;  averaged as in `grpo`
+    loss_t = -(4 / tau) sigmoid(tau (w_t - 1)) A,  tau by the sign of A;  averaged as in grpo
 
     Args:
         sapo_temperature_pos: tau where A > 0, > 0.

@@ -1,0 +1,134 @@
+"""The training scripts: recipes load, run on tiny models, and mistakes end in one clear line."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from trl import ScriptArguments
+from trl.scripts.grpo import GRPOScriptArguments
+
+from trl_custom_losses import CustomDPOConfig, CustomGRPOConfig, LossConfigError
+from trl_custom_losses.trainers import launch
+
+from . import tiny
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted(ROOT.glob("recipes/dpo/*.yaml")) + sorted(ROOT.glob("recipes/grpo/*.yaml"))
+ON_CPU = ["--use_cpu", "true", "--bf16", "false", "--dtype", "float32", "--report_to", "none", "--disable_tqdm", "true"]
+
+
+def write_rows(path: Path, rows) -> str:
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+def tiny_run(recipe: Path, tmp_path: Path, model: Path) -> list[str]:
+    """A recipe's command line with a tiny model, local data and two steps."""
+    data = tiny.preference_data() if recipe.parent.name == "dpo" else tiny.prompt_data()
+    words = ["--config", str(recipe), "--model_name_or_path", str(model), *ON_CPU, "--max_steps", "2"]
+    words += ["--dataset_name", write_rows(tmp_path / "data.jsonl", data), "--output_dir", str(tmp_path / "out")]
+    words += ["--gradient_accumulation_steps", "1"]
+    if recipe.parent.name == "grpo":
+        words += ["--reward_funcs", "tests.tiny.count_reward", "--max_completion_length", "8"]
+    return words
+
+
+def script_of(recipe: Path):
+    """The recipe's training script, imported as a module."""
+    path = ROOT / "scripts" / f"train_{recipe.parent.name}.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_key_of_a_recipe_is_known_and_its_loss_builds(recipe):
+    script, config = {
+        "dpo": (ScriptArguments, CustomDPOConfig),
+        "grpo": (GRPOScriptArguments, CustomGRPOConfig),
+    }[recipe.parent.name]
+    words = ["--config", str(recipe), "--use_cpu", "true", "--bf16", "false"]
+    *_, unknown = launch.TrlParser(
+        (script, config, launch.ModelConfig, launch.DatasetMixtureConfig)
+    ).parse_args_and_config(words, return_remaining_strings=True)
+    assert unknown == []
+    _, training, *_ = launch.parse(words, script, config)
+    assert training.loss_function == yaml.safe_load(recipe.read_text())["loss_function"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_recipe_trains_a_tiny_model_for_two_steps(recipe, tmp_path, dense_model):
+    trainer = script_of(recipe).main(tiny_run(recipe, tmp_path, dense_model))
+    assert trainer.state.global_step == 2
+    assert trainer.loss_function.name == trainer.args.loss_function["type"]
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_a_yaml_of_trl_works_with_one_key_added(tmp_path, dense_model):
+    config = {"learning_rate": 1e-3, "beta": 0.3, "per_device_train_batch_size": 2, "loss_function": "hinge"}
+    path = tmp_path / "trl.yaml"
+    path.write_text(yaml.safe_dump(config))
+    data = write_rows(tmp_path / "data.jsonl", tiny.preference_data())
+    words = ["--config", str(path), "--model_name_or_path", str(dense_model), *ON_CPU, "--max_steps", "1"]
+    trainer = launch.train_dpo([*words, "--dataset_name", data, "--output_dir", str(tmp_path / "out")])
+    assert trainer.loss_function.beta == 0.3
+
+
+def test_a_loss_is_given_on_the_command_line_as_a_name_or_as_json(tmp_path):
+    for text, expected in [("hinge", "hinge"), ('{"type": "hinge", "beta": 0.3}', {"type": "hinge", "beta": 0.3})]:
+        words = ["--loss_function", text, "--use_cpu", "true", "--bf16", "false", "--output_dir", str(tmp_path)]
+        words += ["--model_name_or_path", "x"]
+        _, training, *_ = launch.parse(words, ScriptArguments, CustomDPOConfig)
+        assert training.loss_function == expected
+
+
+def test_data_is_read_from_a_file_a_folder_and_a_saved_data_set(tmp_path):
+    rows = tiny.preference_data(4)
+    mixture = launch.DatasetMixtureConfig()
+    (tmp_path / "folder").mkdir()
+    rows.save_to_disk(str(tmp_path / "saved"))
+    write_rows(tmp_path / "folder" / "train.jsonl", rows)
+    for name in ("folder/train.jsonl", "folder", "saved"):
+        loaded = launch.load_data(ScriptArguments(dataset_name=str(tmp_path / name)), mixture)
+        assert len(loaded["train"]) == 4
+    with pytest.raises(LossConfigError, match="no data"):
+        launch.load_data(ScriptArguments(), mixture)
+
+
+def test_rewards_are_found_by_name_and_import_path():
+    assert launch.load_reward("tests.tiny.count_reward") is tiny.count_reward
+    assert launch.load_reward("tests.tiny:count_reward") is tiny.count_reward
+    assert callable(launch.load_reward("think_format_reward"))
+    for wrong in ("accuracy_rewrd", "tests.tiny.missing", "no_such_package.reward"):
+        with pytest.raises(LossConfigError, match=wrong):
+            launch.load_reward(wrong)
+
+
+def test_a_misspelt_argument_is_an_error_and_a_foreign_one_a_warning(tmp_path, caplog):
+    words = ["--use_cpu", "true", "--bf16", "false", "--output_dir", str(tmp_path), "--model_name_or_path", "x"]
+    with pytest.raises(LossConfigError, match="loss_function"):
+        launch.parse([*words, "--loss_functon", "hinge"], ScriptArguments, CustomDPOConfig)
+    launch.parse([*words, "--some_launcher_option", "1"], ScriptArguments, CustomDPOConfig)
+    assert "some_launcher_option" in caplog.text
+
+
+@pytest.mark.parametrize("family", ["dpo", "grpo"])
+def test_a_mistake_ends_the_program_with_one_line(family, tmp_path):
+    words = ["--loss_function", "no_such_loss", "--use_cpu", "true", "--bf16", "false", "--output_dir", str(tmp_path)]
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / f"train_{family}.py"), *words, "--model_name_or_path", "x"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert "Traceback" not in run.stderr
+    assert "there is no loss named 'no_such_loss'" in run.stderr

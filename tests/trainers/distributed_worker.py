@@ -1,0 +1,144 @@
+"""Runs a list of tiny trainings in one process or, under torchrun, in several; rank 0 writes what came out.
+
+[torchrun --nproc_per_node 2] python -m tests.trainers.distributed_worker MODEL OUTPUT
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers import set_seed
+from trl import DPOTrainer, GRPOTrainer
+
+from tests import tiny
+from trl_custom_losses import (
+    CustomDPOConfig,
+    CustomDPOTrainer,
+    CustomGRPOConfig,
+    CustomGRPOTrainer,
+    PolicyLoss,
+)
+
+GLOBAL_BATCH = 8
+STEPS = 3
+
+COMPOSED = {
+    "type": "composed",
+    "components": [{"type": "sigmoid", "name": "pref"}, {"type": "sft", "name": "sft", "weight": 0.3}],
+}
+
+
+class RankedLoss(PolicyLoss):
+    """Advantage = centred rank of the reward over all completions of the generation batch, on all ranks."""
+
+    def prepare(self, rollout):
+        rewards = rollout.rewards.nansum(1)
+        ranks = rewards.argsort().argsort().float()
+        return {"advantages": (ranks - ranks.mean())[rollout.local]}
+
+    def forward(self, batch, outputs):
+        return -batch.advantages * torch.exp(outputs.per_token_logps - outputs.old_per_token_logps), {
+            "spread": batch.advantages.squeeze(1).abs()
+        }
+
+
+# Name -> family, loss (None: TRL's own through its stock trainer), accumulation, LoRA, further config.
+CASES: dict[str, dict[str, Any]] = {
+    "dpo_stock": {"family": "dpo", "loss": None},
+    "dpo_sigmoid": {"family": "dpo", "loss": "sigmoid"},
+    "dpo_sigmoid_accumulated": {"family": "dpo", "loss": "sigmoid", "accumulation": 2},
+    "dpo_sft": {"family": "dpo", "loss": "sft"},
+    "dpo_sft_accumulated": {"family": "dpo", "loss": "sft", "accumulation": 4},
+    "dpo_composed_lora": {"family": "dpo", "loss": COMPOSED, "accumulation": 2, "lora": True},
+    "grpo_stock": {"family": "grpo", "loss": None, "config": {"loss_type": "grpo", "beta": 0.1}},
+    "grpo_grpo": {"family": "grpo", "loss": "grpo", "config": {"beta": 0.1}},
+    "grpo_grpo_accumulated": {"family": "grpo", "loss": "grpo", "accumulation": 2, "config": {"beta": 0.1}},
+    "grpo_dapo": {"family": "grpo", "loss": "dapo"},
+    "grpo_dapo_accumulated": {"family": "grpo", "loss": "dapo", "accumulation": 4},
+    "grpo_dr_grpo_lora": {"family": "grpo", "loss": "dr_grpo", "accumulation": 2, "lora": True},
+    "grpo_ranked": {"family": "grpo", "loss": RankedLoss(), "accumulation": 2},
+}
+
+
+def rollout(prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
+    """Completions that depend on the prompt and the place in the global batch only, not on the number of processes."""
+    tokenizer = trainer.processing_class
+    first = trainer.accelerator.process_index * len(prompts)
+    completions = []
+    for place, prompt in enumerate(prompts, start=first):
+        generator = torch.Generator().manual_seed(1000 * sum(map(ord, prompt)) + place)
+        length = int(torch.randint(2, 8, (), generator=generator))
+        completions.append(torch.randint(3, len(tokenizer), (length,), generator=generator).tolist())
+    return {
+        "prompt_ids": [tokenizer(prompt)["input_ids"] for prompt in prompts],
+        "completion_ids": completions,
+        "logprobs": None,
+    }
+
+
+def run(case: dict[str, Any], model_path: Path, output: Path, world: int) -> dict[str, Any]:
+    """Train one case; returns logs and final weights."""
+    accumulation = case.get("accumulation", 1)
+    arguments = {
+        "output_dir": str(output / "run"),
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "seed": 0,
+        "learning_rate": 1e-2,
+        "optim": "sgd",  # so that an equal gradient, not only its sign, makes equal weights
+        "max_steps": STEPS,
+        "per_device_train_batch_size": GLOBAL_BATCH // world // accumulation,
+        "per_device_eval_batch_size": GLOBAL_BATCH // world,
+        "gradient_accumulation_steps": accumulation,
+        **case.get("config", {}),
+    }
+    set_seed(0)
+    common: dict[str, Any] = {
+        "model": tiny.load_model(model_path, seed=1),
+        "processing_class": tiny.tokenizer(),
+        "peft_config": LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        if case.get("lora")
+        else None,
+    }
+    if case["loss"] is not None:
+        common["loss_function"] = case["loss"]
+    if case["family"] == "dpo":
+        trainer_type = DPOTrainer if case["loss"] is None else CustomDPOTrainer
+        common |= {"train_dataset": tiny.preference_data(32), "eval_dataset": tiny.preference_data(8)}
+        trainer = trainer_type(args=CustomDPOConfig(**arguments), **common)
+    else:
+        trainer_type = GRPOTrainer if case["loss"] is None else CustomGRPOTrainer
+        config = CustomGRPOConfig(num_generations=GLOBAL_BATCH, max_completion_length=8, **arguments)
+        rewards = [tiny.count_reward, tiny.length_reward]
+        common |= {"train_dataset": tiny.prompt_data(8), "reward_funcs": rewards, "rollout_func": rollout}
+        trainer = trainer_type(args=config, **common)
+    trainer.train()
+    if case["family"] == "dpo":
+        trainer.evaluate()
+    weights = {name: value.detach().clone() for name, value in trainer.model.named_parameters() if value.requires_grad}
+    return {"logs": trainer.state.log_history, "weights": weights}
+
+
+def main() -> None:
+    """Run every case and write logs (JSON) and weights, from rank 0."""
+    model_path, output = Path(sys.argv[1]), Path(sys.argv[2])
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    results = {name: run(case, model_path, output, world) for name, case in CASES.items()}
+    if int(os.environ.get("RANK", "0")) == 0:
+        (output / "logs.json").write_text(json.dumps({name: result["logs"] for name, result in results.items()}))
+        torch.save({name: result["weights"] for name, result in results.items()}, output / "weights.pt")
+
+
+if __name__ == "__main__":
+    main()

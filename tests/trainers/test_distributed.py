@@ -1,0 +1,87 @@
+"""Two processes on half the batch each do what one process does on the whole batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from .distributed_worker import CASES
+
+pytestmark = pytest.mark.distributed
+
+ROOT = Path(__file__).parents[2]
+UNRELATED = ("runtime", "per_second", "step_time", "total_flos")  # times; the padding of a micro-batch
+# Per micro-batch by definition, so that they depend on how the batch is split over micro-batches.
+SPLIT_DEPENDENT = ("entropy", "kl", "logits/", "mean_token_accuracy", "clip_ratio/")
+# Evaluation averages the batches' losses, as in TRL, so a token mean depends on how the set is split.
+TOKEN_MEANS = ("eval_loss", "eval_sft_loss", "eval_total_loss")
+
+
+def launch(world: int, model: Path, output: Path) -> tuple[dict, dict]:
+    """Run all cases in `world` processes; returns logs and weights by case."""
+    output.mkdir()
+    program = [sys.executable, "-m"]
+    if world > 1:
+        program += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(world), "-m"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [*program, "tests.trainers.distributed_worker", str(model), str(output)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((output / "logs.json").read_text()), torch.load(output / "weights.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, dense_model):
+    """Logs and weights of all cases, in one process and in two."""
+    folder = tmp_path_factory.mktemp("distributed")
+    return {world: launch(world, dense_model, folder / f"world{world}") for world in (1, 2)}
+
+
+def compare_logs(found: list[dict], expected: list[dict], ignore: tuple[str, ...] = ()) -> None:
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            if not any(part in name for part in (*UNRELATED, *ignore)):
+                assert ours[name] == pytest.approx(value, rel=2e-5, abs=2e-6), name
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if not name.endswith("_stock")])
+def test_two_processes_equal_one(runs, case):
+    (single_logs, single_weights), (double_logs, double_weights) = runs[1], runs[2]
+    ignore = (*SPLIT_DEPENDENT, *TOKEN_MEANS) if "accumulation" in CASES[case] else ()
+    compare_logs(double_logs[case], single_logs[case], (*ignore, *(TOKEN_MEANS if "sft" in case else ())))
+    for name, weight in single_weights[case].items():
+        torch.testing.assert_close(double_weights[case][name], weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("stock, ours", [("dpo_stock", "dpo_sigmoid"), ("grpo_stock", "grpo_grpo")])
+@pytest.mark.parametrize("world", [1, 2])
+def test_logs_and_weights_equal_those_of_trl_on_as_many_processes(runs, world, stock, ours):
+    logs, weights = runs[world]
+    compare_logs(logs[ours], logs[stock])
+    for name, weight in weights[stock].items():
+        torch.testing.assert_close(weights[ours][name], weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["dpo_sigmoid", "dpo_sft", "grpo_grpo", "grpo_dapo"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_accumulation_equals_the_big_batch(runs, world, case):
+    logs, weights = runs[world]
+    compare_logs(logs[f"{case}_accumulated"], logs[case], SPLIT_DEPENDENT)
+    for name, weight in weights[case].items():
+        torch.testing.assert_close(weights[f"{case}_accumulated"][name], weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_the_trainings_moved_the_weights(runs, case, dense_model):
+    """Equal weights would prove nothing if no step had been taken."""
+    logs = [entry for entry in runs[1][0][case] if "grad_norm" in entry]
+    assert len(logs) == 3
+    assert all(entry["grad_norm"] > 1e-3 for entry in logs)

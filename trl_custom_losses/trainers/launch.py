@@ -1,0 +1,183 @@
+"""From a YAML file and command-line overrides to a trained model: what the training scripts share.
+
+The arguments are those of TRL's own scripts, with the custom configs in place of TRL's.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl.rewards
+from datasets import DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
+from trl import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    ScriptArguments,
+    TrlParser,
+    get_dataset,
+    get_peft_config,
+    get_quantization_config,
+)
+from trl.scripts.grpo import GRPOScriptArguments
+
+from ..errors import LossConfigError
+from ..hyperparameters import suggestion
+from .base import LossFunctionTrainer
+from .config import CustomDPOConfig, CustomGRPOConfig
+from .dpo import CustomDPOTrainer
+from .grpo import CustomGRPOTrainer
+
+logger = logging.getLogger("trl_custom_losses")
+
+_FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+#: TRL's rewards that are used as they are; `get_...` ones make a reward and are given their usual arguments.
+_REWARDS = {
+    "accuracy_reward": lambda: trl.rewards.accuracy_reward,
+    "reasoning_accuracy_reward": lambda: trl.rewards.reasoning_accuracy_reward,
+    "think_format_reward": lambda: trl.rewards.think_format_reward,
+    "get_soft_overlong_punishment": lambda: trl.rewards.get_soft_overlong_punishment(
+        max_completion_len=1280, soft_punish_cache=256
+    ),
+}
+
+Arguments = tuple[ScriptArguments, Any, ModelConfig, DatasetMixtureConfig]
+
+
+def parse(
+    arguments: Sequence[str] | None, script_type: type[ScriptArguments], config_type: type, prog: str | None = None
+) -> Arguments:
+    """Read `--config FILE.yaml` and overrides into script, training, model and data-set arguments.
+
+    Args:
+        arguments: Command-line words; None reads the program's own.
+        script_type: `ScriptArguments` or a subclass.
+        config_type: `CustomDPOConfig` or `CustomGRPOConfig`.
+        prog: Name shown in the usage message.
+
+    Raises:
+        LossConfigError: The loss is wrong, or an unknown argument resembles a known one.
+    """
+    # Losses and rewards named by import path may lie beside the caller.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    types = (script_type, config_type, ModelConfig, DatasetMixtureConfig)
+    parser = TrlParser(types, prog=prog)
+    *parsed, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+    known = {name for type_ in types for name in type_.__dataclass_fields__}
+    names = [word.lstrip("-").split("=")[0].replace("-", "_") for word in unknown if word.startswith("--")]
+    for name in names:
+        if difflib.get_close_matches(name, known, n=1, cutoff=0.85):
+            raise LossConfigError(f"unknown argument '{name}'{suggestion(name, known)}")
+    if names:
+        logger.warning("Ignored arguments that no config knows: %s", ", ".join(names))
+    return tuple(parsed)
+
+
+def train_dpo(arguments: Sequence[str] | None = None) -> CustomDPOTrainer:
+    """Train with DPO as the arguments say; returns the trainer after training and saving."""
+    parsed = parse(arguments, ScriptArguments, CustomDPOConfig, prog="train_dpo")
+    return _run(CustomDPOTrainer, parsed)
+
+
+def train_grpo(arguments: Sequence[str] | None = None) -> CustomGRPOTrainer:
+    """Train with GRPO as the arguments say; returns the trainer after training and saving."""
+    parsed = parse(arguments, GRPOScriptArguments, CustomGRPOConfig, prog="train_grpo")
+    script = parsed[0]
+    rewards = [script.reward_model_name_or_path] if script.reward_model_name_or_path else []
+    rewards += [load_reward(name) for name in script.reward_funcs or []]
+    if not rewards:
+        raise LossConfigError("GRPO needs `reward_funcs` or `reward_model_name_or_path`; neither is set")
+    return _run(CustomGRPOTrainer, parsed, reward_funcs=rewards)
+
+
+def load_reward(name: str) -> Callable[..., list[float | None]]:
+    """A reward function by TRL's name or by import path, `package.module.function` or `package.module:function`.
+
+    Raises:
+        LossConfigError: There is no such function.
+    """
+    if name in _REWARDS:
+        return _REWARDS[name]()
+    module_name, _, attribute = name.replace(":", ".").rpartition(".")
+    if not module_name:
+        raise LossConfigError(
+            f"there is no reward named '{name}'{suggestion(name, _REWARDS)}; known: {', '.join(_REWARDS)}, or an "
+            "import path 'package.module:function'"
+        )
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise LossConfigError(f"could not load the reward '{name}': {error}") from error
+
+
+def load_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> DatasetDict | IterableDatasetDict:
+    """The data set: a mixture, a hub name, a local file, a folder of files or one written by `save_to_disk`."""
+    if mixture.datasets:
+        if script.dataset_name:
+            logger.warning("`datasets` is given, so `dataset_name` is not used")
+        return get_dataset(mixture)
+    if not script.dataset_name:
+        raise LossConfigError("no data: set `dataset_name` or `datasets`")
+    path = Path(script.dataset_name)
+    streaming = script.dataset_streaming
+    if path.is_file():
+        if path.suffix not in _FILE_FORMATS:
+            raise LossConfigError(f"`dataset_name` {path} is not one of {', '.join(_FILE_FORMATS)}")
+        return load_dataset(_FILE_FORMATS[path.suffix], data_files=str(path), streaming=streaming)
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        saved = load_from_disk(str(path))
+        return saved if isinstance(saved, DatasetDict) else DatasetDict({script.dataset_train_split: saved})
+    return load_dataset(script.dataset_name, name=script.dataset_config, streaming=streaming)
+
+
+def _run(trainer_type: type[LossFunctionTrainer], parsed: Arguments, **trainer_arguments: Any) -> Any:
+    script, training, model, mixture = parsed
+    training.model_init_kwargs = {
+        "revision": model.model_revision,
+        "trust_remote_code": training.trust_remote_code,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+    } | (training.model_init_kwargs or {})
+    dataset = load_data(script, mixture)
+    evaluates = training.eval_strategy != "no"
+    for split in [script.dataset_train_split, *([script.dataset_test_split] if evaluates else [])]:
+        if split not in dataset:
+            raise LossConfigError(f"the data set has no split '{split}'; it has {', '.join(dataset)}")
+    trainer = trainer_type(
+        model=model.model_name_or_path,
+        args=training,
+        train_dataset=dataset[script.dataset_train_split],
+        eval_dataset=dataset[script.dataset_test_split] if evaluates else None,
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
+        **trainer_arguments,
+    )
+    if script.ignore_bias_buffers:
+        # DDP cannot broadcast the boolean attention-bias buffers of some older models.
+        buffers = trainer.model.named_buffers()
+        trainer.model._ddp_params_and_buffers_to_ignore = [n for n, buffer in buffers if buffer.dtype == torch.bool]
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.save_model(training.output_dir)
+    trainer.accelerator.print(f"Model saved to {training.output_dir}")
+    if training.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+    if hasattr(trainer, "end"):  # finishes the trackers; not in every transformers
+        trainer.end()
+    return trainer
+
+
+def exit_with_message(run: Callable[[], Any]) -> None:
+    """Run a script's entry point; a mistake in the configuration ends it with one line instead of a traceback."""
+    try:
+        run()
+    except LossConfigError as error:
+        sys.exit(f"error: {error}")
