@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from .hyperparameters import Hyperparameter, hyperparameters_of, signature
 from .reductions import TokenReduction
 from .types import Family, Metric, ModelOutputs, PolicyBatch, PreferenceBatch, Rollout
 
@@ -64,6 +64,11 @@ class Loss(nn.Module):
 
     def forward(self, batch: Any, model_outputs: ModelOutputs) -> tuple[Tensor, Metrics]:
         raise TypeError(f"{type(self).__name__} must define `forward(batch, model_outputs) -> (loss, metrics)`")
+
+    @classmethod
+    def declared_hyperparameters(cls) -> dict[str, Hyperparameter]:
+        """What the loss takes, by name."""
+        return hyperparameters_of(cls)
 
     @classmethod
     def from_hyperparameters(cls, values: Mapping[str, Any], context: Any) -> Loss:
@@ -149,16 +154,20 @@ class FunctionLoss(Loss):
         return type(self).function(batch, model_outputs, **{name: getattr(self, name) for name in self._names})
 
     @classmethod
+    def declared_hyperparameters(cls) -> dict[str, Hyperparameter]:
+        return hyperparameters_of(cls.function)
+
+    @classmethod
     def wrap(cls, function: Callable[..., Any], facts: Mapping[str, Any]) -> type[FunctionLoss]:
         """Make the class for `function`, with `facts` as the class attributes of `Loss`."""
         return _subclass(cls, function, facts, function=staticmethod(function))
 
 
-def _subclass(base: type[Loss], wrapped: Any, facts: Mapping[str, Any], **attributes: Any) -> type:
+def _subclass(base: type[Loss], origin: Any, facts: Mapping[str, Any], **attributes: Any) -> type:
     """A class between `base` and the family's base, named after what it wraps."""
     family_base = {"preference": PreferenceLoss, "policy": PolicyLoss}.get(facts.get("family"))
-    attributes |= {"__doc__": wrapped.__doc__, "__module__": wrapped.__module__, **facts}
-    return type(wrapped.__name__, (base,) if family_base is None else (base, family_base), attributes)
+    attributes |= {"__doc__": origin.__doc__, "__module__": origin.__module__, **facts}
+    return type(origin.__name__, (base,) if family_base is None else (base, family_base), attributes)
 
 
 class ObjectLoss(Loss):
@@ -172,6 +181,10 @@ class ObjectLoss(Loss):
 
     def forward(self, batch: Any, model_outputs: ModelOutputs) -> tuple[Tensor, Metrics]:
         return self.object(batch, model_outputs)
+
+    @classmethod
+    def declared_hyperparameters(cls) -> dict[str, Hyperparameter]:
+        return hyperparameters_of(cls.wrapped)
 
     @classmethod
     def wrap(cls, wrapped: type, facts: Mapping[str, Any]) -> type[ObjectLoss]:
@@ -192,7 +205,7 @@ class ObjectLoss(Loss):
 
 def annotated_family(function: Callable[..., Any]) -> Family | None:
     """The family that a function's first argument is annotated with, if it is."""
-    parameters = list(inspect.signature(function).parameters.values())
+    parameters = list(signature(function).parameters.values())
     annotation = parameters[0].annotation if parameters else None
     for batch_type in (PreferenceBatch, PolicyBatch):
         if annotation is batch_type or annotation == batch_type.__name__:

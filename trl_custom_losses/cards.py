@@ -7,8 +7,7 @@ import inspect
 import re
 from dataclasses import dataclass
 
-from .base import FunctionLoss, Loss
-from .hyperparameters import Hyperparameter, hyperparameters_of
+from .hyperparameters import Hyperparameter
 from .registry import LossFunctionRegistry
 from .types import Family
 
@@ -55,16 +54,10 @@ def loss_card(name: str) -> LossCard:
         summary=_one_line(paragraphs[0]),
         formula=paragraphs[1] if has_formula else "",
         source=_one_line(source),
-        hyperparameters=hyperparameters_of(_constructor(loss_class)),
+        hyperparameters=loss_class.declared_hyperparameters(),
         requires=tuple(sorted(loss_class.requires)),
         columns=tuple(loss_class.columns),
     )
-
-
-def _constructor(loss_class: type[Loss]):
-    if issubclass(loss_class, FunctionLoss):
-        return loss_class.function
-    return getattr(loss_class, "wrapped", loss_class)
 
 
 def _one_line(text: str) -> str:

@@ -10,9 +10,13 @@ from torch import Tensor, nn
 
 from .base import Loss, Metrics
 from .errors import LossConfigError
+from .hyperparameters import check_type
 from .reductions import TokenReduction, reduce_loss
 from .registry import BuildContext, LossFunctionRegistry
 from .types import ModelOutputs, PolicyBatch, PreferenceBatch, Rollout
+
+#: `<name>_loss` is logged for something else.
+_TAKEN_NAMES = ("total", "policy", "aux", "train", "eval")
 
 
 @LossFunctionRegistry.register("composed")
@@ -117,10 +121,13 @@ def build_components(components: Sequence[Mapping[str, Any]], context: BuildCont
         weight = settings.pop("weight", 1.0)
         if not isinstance(name, str) or not name or "." in name:
             raise LossConfigError(f"{where}: 'name' must be text without dots, found {name!r}")
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not abs(weight) < float("inf"):
-            raise LossConfigError(f"{where} ('{name}'): 'weight' must be a finite number, found {weight!r}")
+        if name in _TAKEN_NAMES:
+            raise LossConfigError(
+                f"{where}: the metric '{name}_loss' is the trainer's; choose another 'name' than {name!r}"
+            )
+        weight = check_type(weight, float, f"{where} ('{name}'), 'weight'")
         loss = LossFunctionRegistry.build(settings, context=context)
-        built.append((name, float(weight), loss))
+        built.append((name, weight, loss))
     repeated = [name for name, count in Counter(name for name, _, _ in built).items() if count > 1]
     if repeated:
         raise LossConfigError(f"components share the name {repeated[0]!r}: give each its own 'name'")

@@ -48,9 +48,22 @@ def hyperparameters_of(callable_: Callable[..., Any] | type) -> dict[str, Hyperp
             if not _collect(function, list(inspect.signature(function).parameters.values())[1:], found):
                 break
     else:
-        parameters = inspect.signature(callable_).parameters.values()
-        _collect(callable_, [p for p in parameters if p.kind is p.KEYWORD_ONLY], found)
+        parameters = list(signature(callable_).parameters.values())
+        if len([p for p in parameters[2:] if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]):
+            raise LossConfigError(
+                f"the arguments of {callable_.__name__} after batch and outputs are hyperparameters and must be "
+                f"keyword-only: f(batch, outputs, *, {', '.join(p.name for p in parameters[2:])})"
+            )
+        _collect(callable_, parameters[2:], found)
     return found
+
+
+def signature(function: Callable[..., Any]) -> inspect.Signature:
+    """The function's signature; built-in functions have none and are no losses."""
+    try:
+        return inspect.signature(function)
+    except ValueError as error:
+        raise LossConfigError(f"{function!r} cannot be a loss: {error}") from error
 
 
 def _collect(function: Callable[..., Any], parameters: list[inspect.Parameter], found: dict) -> bool:
@@ -109,7 +122,7 @@ def resolve(
         else:
             raise LossConfigError(f"loss '{loss}' needs the hyperparameter '{name}'. It takes: {signature}")
         if origin != "default":
-            value = _checked(value, parameter.annotation, f"loss '{loss}', hyperparameter '{name}' ({origin})")
+            value = check_type(value, parameter.annotation, f"loss '{loss}', hyperparameter '{name}' ({origin})")
         values[name], origins[name] = value, origin
     return values, origins
 
@@ -143,8 +156,12 @@ def _type_name(annotation: Any) -> str:
     return annotation.__name__ if isinstance(annotation, type) and not typing.get_args(annotation) else str(annotation)
 
 
-def _checked(value: Any, annotation: Any, where: str) -> Any:
-    """`value`, an int widened to float where a float is expected; raises if it is not of the annotated type."""
+def check_type(value: Any, annotation: Any, where: str) -> Any:
+    """`value`, an int widened to float where a float is expected; raises if it is not of the annotated type.
+
+    Raises:
+        LossConfigError: It is of another type or not finite; the message begins with `where`.
+    """
     if not _matches(value, annotation):
         hint = ""
         if isinstance(value, str) and _is_number(value):
@@ -152,6 +169,8 @@ def _checked(value: Any, annotation: Any, where: str) -> Any:
         raise LossConfigError(
             f"{where}: expected {_type_name(annotation)}, found {value!r} ({type(value).__name__}){hint}"
         )
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 2**63:
+        raise LossConfigError(f"{where}: expected a number within 64 bits, found one of {len(str(abs(value)))} digits")
     if isinstance(value, float) and not math.isfinite(value):
         raise LossConfigError(f"{where}: expected a finite number, found {value!r}")
     accepts_int = annotation is int or int in typing.get_args(annotation)

@@ -134,11 +134,7 @@ class LossFunctionRegistry:
         loss_class = cls._find(type_, context.family)
         if loss_class.family is not None and context.family not in (None, loss_class.family):
             raise _wrong_family(type_, loss_class.family, context.family)
-        declared = (
-            hyperparameters_of(loss_class.function)
-            if issubclass(loss_class, FunctionLoss)
-            else hyperparameters_of(getattr(loss_class, "wrapped", loss_class))
-        )
+        declared = loss_class.declared_hyperparameters()
         # Fields of the trainer's config mean what they say within its own family only.
         own = context.family is not None and loss_class.family == context.family
         values, origins = resolve(type_, declared, settings, context.defaults if own else {}, context.defaults_from)
@@ -159,7 +155,8 @@ class LossFunctionRegistry:
         if name in cls._functions:
             return cls._functions[name]
         if ":" in str(name):
-            return _as_loss_class(_import(name), {}, name, family=family)
+            loss = _import(name)
+            return _registered_class(loss) or _as_loss_class(loss, {}, name, family=family)
         raise UnknownLossError(
             f"there is no loss named {name!r}{suggestion(str(name), cls._functions)}. Registered: "
             f"{', '.join(cls.names(family))}. A loss of your own is named by its import path, 'package.module:Loss'."
@@ -176,7 +173,8 @@ class LossFunctionRegistry:
         for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
             try:
                 loss = entry_point.load()
-                if entry_point.name not in cls._functions:  # the module may have registered it itself
+                registered = cls._functions.get(entry_point.name)
+                if registered is None or not _is_made_of(registered, loss):  # its module may have registered it
                     cls.register(entry_point.name)(loss)
             except Exception as error:  # a broken plugin must not take the others down; using its name still fails
                 warnings.warn(
@@ -207,14 +205,12 @@ def _import(path: str) -> Any:
 
 def _as_loss_class(loss: Any, facts: Mapping[str, Any], name: str, family: Family | None = None) -> type[Loss]:
     """The class that `build` instantiates for a loss class, a function or any class with `__call__`."""
-    for registered in LossFunctionRegistry._functions.values():
-        # An import path may name a function that its module registered with its facts.
-        if isinstance(registered, type) and issubclass(registered, FunctionLoss) and registered.function is loss:
-            return registered
     facts = dict(facts)
     unknown = [fact for fact in facts if fact not in vars(Loss).get("__annotations__", {})]
     if unknown:
         raise LossConfigError(f"loss '{name}': unknown facts {unknown}; a loss may declare the attributes of `Loss`")
+    if loss in (Loss, FunctionLoss, ObjectLoss):
+        raise LossConfigError(f"loss '{name}': {loss.__name__} is a base class, not a loss")
     if inspect.isclass(loss) and issubclass(loss, Loss):
         if facts:
             raise LossConfigError(f"loss '{name}': declare {sorted(facts)} as class attributes of {loss.__name__}")
@@ -230,6 +226,7 @@ def _as_loss_class(loss: Any, facts: Mapping[str, Any], name: str, family: Famil
                 f"loss '{name}': say which family the function belongs to, `register('{name}', family='preference')` "
                 "or 'policy', or annotate its first argument as PreferenceBatch or PolicyBatch"
             )
+        hyperparameters_of(loss)  # raises if the function could not be called with hyperparameters alone
         return FunctionLoss.wrap(loss, facts)
     raise LossConfigError(f"loss '{name}' must be a class or a function `f(batch, outputs, *, ...)`, found {loss!r}")
 
@@ -242,8 +239,9 @@ def _from_object(loss: Any, context: BuildContext) -> Loss:
     if inspect.isclass(loss):
         raise LossConfigError(f"expected a loss object, found the class {loss.__name__}: write `{loss.__name__}(...)`")
     if inspect.isfunction(loss):
-        loss_class = _as_loss_class(loss, {}, loss.__name__, context.family)
-        values, origins = resolve(loss.__name__, hyperparameters_of(loss), {}, context.defaults, context.defaults_from)
+        loss_class = _registered_class(loss) or _as_loss_class(loss, {}, loss.__name__, context.family)
+        declared = loss_class.declared_hyperparameters()
+        values, origins = resolve(loss.__name__, declared, {}, context.defaults, context.defaults_from)
         built = loss_class.from_hyperparameters(values, context)
         built.name, built.origins = loss.__name__, origins
         return built
@@ -268,17 +266,19 @@ def _check_facts(loss: Loss) -> None:
     if loss.family not in REQUIREMENTS:
         raise LossConfigError(f"loss '{loss.name}': `family` must be 'preference' or 'policy', found {loss.family!r}")
     known = REQUIREMENTS[loss.family]
-    if isinstance(loss.requires, str) or isinstance(loss.columns, str):
-        raise LossConfigError(f"loss '{loss.name}': `requires` and `columns` are collections of names, not one text")
+    for fact in ("requires", "columns"):
+        names = getattr(loss, fact)
+        if not isinstance(names, (set, frozenset, tuple, list)) or not all(isinstance(name, str) for name in names):
+            raise LossConfigError(f"loss '{loss.name}': `{fact}` is a collection of names, found {names!r}")
     for name in loss.requires:
         if name not in known:
             raise LossConfigError(
                 f"loss '{loss.name}' requires '{name}', which a {loss.family} trainer cannot compute"
                 f"{suggestion(name, known)}; it can compute {', '.join(sorted(known))}"
             )
-    if isinstance(loss.reduction, str) and loss.reduction not in REDUCTIONS:
+    if not callable(loss.reduction) and loss.reduction not in REDUCTIONS:
         raise LossConfigError(
-            f"loss '{loss.name}': unknown reduction '{loss.reduction}'{suggestion(loss.reduction, REDUCTIONS)}; "
+            f"loss '{loss.name}': unknown reduction {loss.reduction!r}{suggestion(str(loss.reduction), REDUCTIONS)}; "
             f"there are {', '.join(REDUCTIONS)}"
         )
 
@@ -289,6 +289,15 @@ def _wrong_family(name: str, found: Family | None, wanted: Family) -> LossConfig
         f"loss '{name}' is a {found} loss and cannot run in a {trainer[wanted]} trainer, which takes {wanted} losses: "
         f"{', '.join(LossFunctionRegistry.names(wanted))}"
     )
+
+
+def _registered_class(loss: Any) -> type[Loss] | None:
+    """The class that was registered for a function or foreign class, with the facts given then."""
+    return next((found for found in LossFunctionRegistry._functions.values() if _is_made_of(found, loss)), None)
+
+
+def _is_made_of(loss_class: type[Loss], loss: Any) -> bool:
+    return any(getattr(loss_class, part, None) is loss for part in ("function", "wrapped")) or loss_class is loss
 
 
 def _is_builtin(loss: Any) -> bool:

@@ -8,7 +8,7 @@ positions and H for the hidden size. Log-probabilities are natural logarithms, s
 | `outputs.per_token_logps` | (2B, T) or (B, T) | policy log-probability of each token, with gradient | always |
 | `outputs.mask` | same | 1 where the position is a scored completion token | always |
 | `outputs.entropies` | same | entropy of the next-token distribution, nats, with gradient | always |
-| `outputs.logps`, `.mean_logps`, `.lengths` | (2B,) or (B,) | sum, mean and number of scored tokens | always |
+| `outputs.logps`, `.mean_logps`, `.lengths` | (2B,) or (B,) | sum, mean and number of completion tokens | always |
 | `outputs.ref_logps`, `.log_ratios` | (2B,) or (B,) | reference sum; policy minus reference | preference: always; \
 policy: with `ref_per_token_logps` |
 | `outputs.ref_per_token_logps` | as `per_token_logps` | reference log-probability of each token | required |
@@ -66,6 +66,13 @@ class _ExplainsMissingFields:
             f"(`requires = {{'{name}'}}`, or `columns` for data-set columns) for the trainer to provide it."
         )
 
+    def __repr__(self) -> str:
+        parts = (
+            f"{name}={tuple(value.shape) if isinstance(value, Tensor) else value!r}"
+            for name, value in vars(self).items()
+        )
+        return f"{type(self).__name__}({', '.join(parts)})"
+
     def has(self, name: str) -> bool:
         """Whether the optional field `name` was provided."""
         return name in vars(self)
@@ -91,7 +98,7 @@ class Denominators:
     micro_batches: float = 1.0
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False, repr=False)
 class PreferenceBatch(_ExplainsMissingFields):
     """A micro-batch of B preference pairs; see the table at the top of this module.
 
@@ -164,7 +171,7 @@ class PreferenceBatch(_ExplainsMissingFields):
         return self
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False, repr=False)
 class PolicyBatch(_ExplainsMissingFields):
     """A micro-batch of B sampled completions; see the table at the top of this module.
 
@@ -175,8 +182,9 @@ class PolicyBatch(_ExplainsMissingFields):
         advantages: (B, 1) or (B, T).
         rewards: Raw rewards, (B, F), NaN = not scored.
         group_ids: Index of the completion's prompt in the generation batch, the same on all ranks, (B,).
-        keep_mask: 1 where TRL's off-policy and high-entropy masks keep a token, (B, 1) or (B, T); applied by the
-            framework.
+        on_policy_mask: 0 where a sequence has drifted off-policy, which drops it if its advantage is negative,
+            (B, 1); applied by the framework.
+        entropy_mask: 1 on high-entropy tokens, where those alone are trained, (B, T); applied by the framework.
         importance_sampling_ratio: vLLM correction, (B, 1) or (B, T); applied by the framework unless the loss sets
             `uses_importance_sampling_ratio`.
         columns: Data-set columns that the loss named.
@@ -190,7 +198,8 @@ class PolicyBatch(_ExplainsMissingFields):
     advantages: Tensor
     rewards: Tensor = _optional()
     group_ids: Tensor = _optional()
-    keep_mask: Tensor = _optional()
+    on_policy_mask: Tensor = _optional()
+    entropy_mask: Tensor = _optional()
     importance_sampling_ratio: Tensor = _optional()
     columns: Mapping[str, Any] = field(default_factory=dict)
     prepared: Mapping[str, Tensor] = field(default_factory=dict)
@@ -216,19 +225,23 @@ class PolicyBatch(_ExplainsMissingFields):
 
     def apply_modifiers(self, loss: Any, raw: Tensor) -> Tensor:
         """Multiply the off-policy mask, the high-entropy mask and the vLLM ratio into an unreduced surrogate."""
-        ratio = None
+        factors = []
+        if self.has("on_policy_mask"):
+            factors.append((self.advantages >= 0) | (self.on_policy_mask > 0))
+        if self.has("entropy_mask"):
+            factors.append(self.entropy_mask)
         if self.has("importance_sampling_ratio") and not loss.uses_importance_sampling_ratio:
-            ratio = self.importance_sampling_ratio
-        if not loss.surrogate or (ratio is None and not self.has("keep_mask")):
+            factors.append(self.importance_sampling_ratio)
+        if not loss.surrogate or not factors:
             return raw
         if raw.dim() != 2:
             raise ValueError(
                 "off-policy masks, high-entropy masks and vLLM ratios act on tokens, but the loss returned shape "
                 f"{tuple(raw.shape)}. Return (B, T) or (B, 1), or set `surrogate = False` for an auxiliary term."
             )
-        if self.has("keep_mask"):
-            raw = raw * self.keep_mask
-        return raw if ratio is None else raw * ratio
+        for factor in factors:
+            raw = raw * factor
+        return raw
 
     def scoped(self, component: str) -> PolicyBatch:
         """The batch as the component `component` of a composition sees it: only what that component prepared.
@@ -253,7 +266,7 @@ def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     return values.masked_fill(mask == 0, 0).sum(dim=-1)
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False, repr=False)
 class ModelOutputs(_ExplainsMissingFields):
     """What the forward passes produced; N = 2B rows (chosen, then rejected) for pairs, N = B for completions.
 
@@ -264,6 +277,8 @@ class ModelOutputs(_ExplainsMissingFields):
         ref_per_token_logps: Reference log-probabilities, (N, T).
         ref_sums: Reference sums where only those are known (precomputed), (N,).
         old_per_token_logps: Log-probabilities at generation time, (N, T), detached.
+        completion_lengths: Number of completion tokens, (N,), where it can exceed the scored ones by a first token
+            that nothing predicts.
         token_weights: Weights of tokens in `logps` and `ref_logps` (LD-DPO), (N, T).
         pooled_hidden: Mean last hidden state over completion tokens, (N, H), float32, with gradient.
         logits: (N, T, V), with gradient.
@@ -275,6 +290,7 @@ class ModelOutputs(_ExplainsMissingFields):
     ref_per_token_logps: Tensor = _optional()
     ref_sums: Tensor = _optional()
     old_per_token_logps: Tensor = _optional()
+    completion_lengths: Tensor = _optional()
     token_weights: Tensor = _optional()
     pooled_hidden: Tensor = _optional()
     logits: Tensor = _optional()
@@ -284,6 +300,13 @@ class ModelOutputs(_ExplainsMissingFields):
         for name, value in vars(self).items():
             if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16) and name != "logits":
                 setattr(self, name, value.float())  # loss arithmetic is float32 or better
+        for name in ("ref_per_token_logps", "ref_sums", "old_per_token_logps", "token_weights"):
+            if self.has(name):  # only the policy is trained
+                setattr(self, name, getattr(self, name).detach())
+        masked = self.mask == 0
+        for name in ("per_token_logps", "entropies", "ref_per_token_logps", "old_per_token_logps"):
+            if self.has(name):  # whatever stands at a masked position, a loss sees 0 there and sends no gradient back
+                setattr(self, name, getattr(self, name).masked_fill(masked, 0))
 
     def _weighted_sum(self, per_token: Tensor) -> Tensor:
         if self.has("token_weights"):
@@ -292,8 +315,9 @@ class ModelOutputs(_ExplainsMissingFields):
 
     @property
     def lengths(self) -> Tensor:
-        """Number of scored tokens of each row, at least 1, (N,)."""
-        return self.mask.sum(dim=1).clamp(min=1)
+        """Number of completion tokens of each row, at least 1, (N,)."""
+        lengths = self.completion_lengths if self.has("completion_lengths") else self.mask.sum(dim=1)
+        return lengths.clamp(min=1)
 
     @property
     def logps(self) -> Tensor:

@@ -25,6 +25,41 @@ logger = logging.getLogger("trl_custom_losses")
 COLUMN_PREFIX = "loss_column:"
 
 
+#: What Trainer and TRL log themselves.
+_TRAINER_METRICS = frozenset(
+    {
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "epoch",
+        "step",
+        "train_loss",
+        "train_runtime",
+        "total_flos",
+        "num_tokens",
+        "num_input_tokens_seen",
+        "entropy",
+        "mean_token_accuracy",
+        "logits/chosen",
+        "logits/rejected",
+        "logps/chosen",
+        "logps/rejected",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+        "rewards/margins",
+        "aux_loss",
+        "kl",
+        "policy_loss",
+        "entropy_coef",
+        "reward",
+        "reward_std",
+        "frac_reward_zero_std",
+        "step_time",
+    }
+)
+
+
 class LossFunctionTrainer:
     """Mixed into a TRL trainer, in front of it. Without a loss function every method hands over to TRL.
 
@@ -116,18 +151,31 @@ class LossFunctionTrainer:
             self._flush_metrics("train" if self.model.training else "eval")
         super().log(logs, *args, **kwargs)
 
+    def _named(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """The loss's metrics; one that would replace a metric of the trainer is logged as `<loss>/<metric>`."""
+        return {
+            f"{self.loss_function.name}/{name}" if name in _TRAINER_METRICS else name: value
+            for name, value in metrics.items()
+        }
+
     # NaN and infinity
 
-    def _stop_on_nonfinite(self, watched: Mapping[str, Tensor]) -> None:
+    def _stop_on_nonfinite(self, loss: Tensor, metrics: Mapping[str, Any], parts: Mapping[str, Tensor]) -> None:
         """Remember on the device what was not finite; raise before the optimizer moves.
 
         The flags of an optimizer step's micro-batches are read by the host once, at the last of them.
 
         Args:
-            watched: Name -> tensor; the first is the loss.
+            loss: The micro-batch's loss with everything added to it.
+            metrics: The loss's own; those of components, `<name>_loss`, tell which one it was.
+            parts: What the loss was made of, by name.
         """
         if not getattr(self.args, "stop_on_nonfinite_loss", True):
             return
+        watched = {"loss": loss} | {
+            name: value for name, value in metrics.items() if name.endswith("_loss") and isinstance(value, Tensor)
+        }
+        watched |= parts
         # A sum is not finite if any of its terms is not.
         flags = ~torch.isfinite(torch.stack([tensor.detach().float().sum() for tensor in watched.values()]))
         names = "\n".join(watched)

@@ -116,6 +116,7 @@ class CustomDPOTrainer(LossFunctionTrainer, DPOTrainer):
             per_token_logps=output.log_probs[:, -length:],
             mask=mask,
             entropies=output.entropy[:, -length:],
+            completion_lengths=inputs["completion_mask"].sum(1),
             token_weights=self._token_weights(mask),
             pooled_hidden=forward.pooled_hidden(inputs["completion_mask"]),
             logits=forward.logits,
@@ -131,12 +132,12 @@ class CustomDPOTrainer(LossFunctionTrainer, DPOTrainer):
         )
         raw, metrics = loss_function(batch, outputs)
         loss = reduce_loss(loss_function, raw, batch)
-        watched = {"loss": loss} | {name: value for name, value in metrics.items() if name.endswith("_loss")}
-        watched |= {"per_token_logps": outputs.per_token_logps, "ref_logps": outputs.ref_logps}
+        watched = {"per_token_logps": outputs.per_token_logps, "ref_logps": outputs.ref_logps}
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * output.aux_loss
-        self._stop_on_nonfinite(watched)
-        self._collect(inputs, outputs, output, summarise(metrics, mask, loss_function.name))
+            watched["aux_loss"] = output.aux_loss
+        self._stop_on_nonfinite(loss, metrics, watched)
+        self._collect(inputs, outputs, output, summarise(self._named(metrics), mask, loss_function.name))
         if return_outputs:  # for `compute_metrics`, which wants the logits that the fused head never builds
             with torch.no_grad():
                 return loss, model(**model_inputs, **router)
@@ -175,7 +176,8 @@ class CustomDPOTrainer(LossFunctionTrainer, DPOTrainer):
             return None
         length = outputs.mask.size(1)
         aligned = outputs.per_token_logps.detach() - output.log_sum_sq_probs[:, -length:]
-        chosen, rejected = torch.exp(masked_sum(aligned, outputs.mask) / outputs.lengths).chunk(2)
+        lengths = outputs.mask.sum(1).clamp(min=1)
+        chosen, rejected = torch.exp(masked_sum(aligned, outputs.mask) / lengths).chunk(2)
         return chosen * rejected
 
     def _collect(self, inputs: dict[str, Any], outputs: ModelOutputs, output: Any, extra: dict[str, Any]) -> None:

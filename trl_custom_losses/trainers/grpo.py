@@ -158,32 +158,33 @@ class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         accumulation = self.current_gradient_accumulation_steps if mode == "train" else 1.0
         outputs, aux_loss = self._forward(model, inputs)
-        batch, entropy_mask = self._batch(inputs, outputs, accumulation)
+        batch = self._batch(inputs, outputs, accumulation)
 
         raw, metrics = loss_function(batch, outputs)
         loss = reduce_loss(loss_function, raw, batch)
         kl = self._per_token_kl(outputs)
         if kl is not None:
             loss = loss + self.beta * reduce_values(kl, batch, loss_function.kl_reduction)
-        watched = {"loss": loss} | {name: value for name, value in metrics.items() if name.endswith("_loss")}
-        watched |= {
+        watched = {
             "per_token_logps": outputs.per_token_logps,
             "old_per_token_logps": outputs.old_per_token_logps,
+            "entropies": outputs.entropies,
             "advantages": batch.advantages,
         }
         if kl is not None:
             watched["ref_per_token_logps"] = outputs.ref_per_token_logps
 
-        collected = summarise(metrics, batch.mask, loss_function.name)
+        collected = summarise(self._named(metrics), batch.mask, loss_function.name)
         if self._entropy_bonus_enabled:
             # TRL reports the normalised types' own mean, the token-mean types' share of the step.
             policy_loss = loss.detach() * (1.0 if loss_function.kl_reduction == "token_mean" else accumulation)
             collected["policy_loss"] = (policy_loss, 1.0, "micro_batch", "mean")
-            loss = loss - self._entropy_bonus(outputs, batch.mask, entropy_mask, mode) / accumulation
+            loss = loss - self._entropy_bonus(outputs, batch, mode) / accumulation
         if aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * aux_loss / accumulation
             collected["aux_loss"] = (aux_loss.detach(), 1.0, "micro_batch", "mean")
-        self._stop_on_nonfinite(watched)
+            watched["aux_loss"] = aux_loss
+        self._stop_on_nonfinite(loss, metrics, watched)
         collected["entropy"] = self._token_average(outputs.entropies, batch.mask)
         if kl is not None:
             collected["kl"] = self._token_average(kl, batch.mask)
@@ -223,16 +224,14 @@ class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
         )
         return outputs, aux_loss
 
-    def _batch(
-        self, inputs: dict[str, Any], outputs: ModelOutputs, accumulation: float
-    ) -> tuple[PolicyBatch, Tensor | None]:
-        """What the loss sees, with TRL's masks; also the high-entropy mask alone."""
-        advantages = inputs["advantages"]
-        advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
-        keep, entropy_mask = None, None
+    def _batch(self, inputs: dict[str, Any], outputs: ModelOutputs, accumulation: float) -> PolicyBatch:
+        """What the loss sees, with TRL's masks."""
+        on_policy_mask, entropy_mask, ratio = None, None, None
         if self.off_policy_mask_threshold is not None:
-            keep = self.get_off_policy_mask(
-                advantages=advantages,
+            on_policy_mask = self.get_off_policy_mask(
+                # TRL keeps every sequence of non-negative advantage; which those are may differ between components,
+                # so this asks for the others' answer and `PolicyBatch` combines the two.
+                advantages=outputs.mask.new_full((outputs.mask.size(0), 1), -1),
                 per_token_logps=outputs.per_token_logps,
                 # The sampler's own log-probabilities also reveal the mismatch between vLLM and the training model.
                 sampling_per_token_logps=inputs.get("sampling_per_token_logps", outputs.old_per_token_logps),
@@ -241,18 +240,17 @@ class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
             )
         if self.top_entropy_quantile < 1.0:
             entropy_mask = self.get_high_entropy_mask(outputs.entropies, outputs.mask, 1 - self.top_entropy_quantile)
-            keep = entropy_mask if keep is None else keep * entropy_mask
-        ratio = None
         if self.use_vllm and self.vllm_importance_sampling_correction:
             ratio = inputs["importance_sampling_ratio"]
-        batch = PolicyBatch(
+        return PolicyBatch(
             prompt_ids=inputs["prompt_ids"],
             completion_ids=inputs["completion_ids"],
             mask=outputs.mask,
-            advantages=advantages,
+            advantages=inputs["advantages"],
             rewards=inputs.get(_REWARDS),
             group_ids=inputs.get(_GROUPS),
-            keep_mask=keep,
+            on_policy_mask=on_policy_mask,
+            entropy_mask=entropy_mask,
             importance_sampling_ratio=ratio,
             columns=self._take_columns(inputs),
             prepared={
@@ -262,7 +260,6 @@ class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
             },
             denominators=self._denominators(inputs, outputs.mask, accumulation),
         )
-        return batch, entropy_mask
 
     def _denominators(self, inputs: dict[str, Any], mask: Tensor, accumulation: float) -> Denominators:
         """TRL's normalisers: the loss divides by the accumulation itself, and ranks are averaged."""
@@ -281,7 +278,7 @@ class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
         if self.beta == 0:
             return None
         difference = outputs.ref_per_token_logps - outputs.per_token_logps
-        kl = torch.exp(difference) - difference - 1
+        kl = torch.exp(difference.clamp(max=80.0)) - difference - 1  # exp(88) overflows float32
         if self.args.use_bias_correction_kl:
             leaves = self.loss_function.leaves()
             levels = [leaf.importance_sampling_level for leaf in leaves if hasattr(leaf, "importance_sampling_level")]
@@ -289,9 +286,9 @@ class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
             kl = kl * torch.exp(log_importance_weights(outputs, level))
         return kl
 
-    def _entropy_bonus(self, outputs: ModelOutputs, mask: Tensor, entropy_mask: Tensor | None, mode: str) -> Tensor:
+    def _entropy_bonus(self, outputs: ModelOutputs, batch: PolicyBatch, mode: str) -> Tensor:
         """Coefficient times mean token entropy; in adaptive mode also moves TRL's controller at the step's end."""
-        effective = mask if entropy_mask is None else mask * entropy_mask
+        effective = batch.mask * batch.entropy_mask if batch.has("entropy_mask") else batch.mask
         total, count = (outputs.entropies * effective).sum(), effective.sum()
         coefficient = self.entropy_coef
         # The controller's state is that of the last optimizer step, so that all micro-batches of one step agree.

@@ -106,10 +106,11 @@ def _combine(layouts: list[tuple[_Key, ...]], gathered: Tensor) -> dict[str, flo
                 value = total / count if count else 0.0
             else:
                 value = lowest[index] if key.reduce == "min" else highest[index]
+            values = per_micro_batch.setdefault(key.name, [])
             if math.isfinite(value) or key.reduce == "mean":  # an extremum over no sequence is infinite
-                per_micro_batch.setdefault(key.name, []).append(value)
+                values.append(value)
     result = {name: total / count for name, (total, count) in totals.items() if count}
-    result |= {name: sum(values) / len(values) for name, values in per_micro_batch.items()}
+    result |= {name: sum(values) / len(values) if values else math.nan for name, values in per_micro_batch.items()}
     return result
 
 

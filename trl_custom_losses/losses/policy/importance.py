@@ -13,6 +13,10 @@ from ...types import ModelOutputs, masked_sum
 
 ImportanceLevel = Literal["token", "sequence"]
 
+# Log weights are held within +-60 nats: beyond, exp() times an advantage overflows float32, and the gradient of a
+# clipped, hence finite, loss would be 0 x infinity.
+_LARGEST_LOG_WEIGHT = 60.0
+
 
 class ImportanceWeightedLoss(PolicyLoss):
     """Base of surrogates of the ratio between the policy's probability and that at generation time.
@@ -35,11 +39,11 @@ class ImportanceWeightedLoss(PolicyLoss):
 
 
 def log_importance_weights(outputs: ModelOutputs, level: ImportanceLevel) -> Tensor:
-    """Log of policy over generating policy, per token (B, T) or averaged per sequence (B, 1)."""
+    """Log of policy over generating policy, per token (B, T) or averaged per sequence (B, 1), within +-60 nats."""
     log_ratio = outputs.per_token_logps - outputs.old_per_token_logps
-    if level == "token":
-        return log_ratio
-    return (masked_sum(log_ratio, outputs.mask) / outputs.lengths).unsqueeze(-1)
+    if level == "sequence":
+        log_ratio = (masked_sum(log_ratio, outputs.mask) / outputs.lengths).unsqueeze(-1)
+    return log_ratio.clamp(-_LARGEST_LOG_WEIGHT, _LARGEST_LOG_WEIGHT)
 
 
 def clip_bounds(epsilon: float, epsilon_high: float | None) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from ...base import Metrics
 from ...hyperparameters import check_range
 from ...registry import LossFunctionRegistry
 from ...types import ModelOutputs, PreferenceBatch
-from .score_difference import ScoreDifferenceLoss
+from .score_difference import ScoreDifferenceLoss, bounded_exp
 
 
 @LossFunctionRegistry.register("discopop")
@@ -41,5 +41,5 @@ class DiscoPOPLoss(ScoreDifferenceLoss):
         modulation = torch.sigmoid(z / self.discopop_tau)
         # m exp(-z) = exp(log m - z) stays finite where exp(-z) alone overflows and m underflows: with tau < 1, m
         # vanishes faster than exp(-z) grows.
-        exponential = torch.exp(F.logsigmoid(z / self.discopop_tau) - z)
+        exponential = bounded_exp(F.logsigmoid(z / self.discopop_tau) - z)
         return exponential - (1 - modulation) * F.logsigmoid(z), {}

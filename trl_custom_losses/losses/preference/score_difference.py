@@ -14,7 +14,7 @@ from .log_ratio import LogRatioLoss
 
 FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 
-# exp(80) is the largest power that TRL lets an alpha-divergence score reach; float32 overflows beyond 88.
+# exp() is held at exp(80), where TRL holds the alpha-divergence scores; float32 overflows beyond exp(88).
 _MAX_EXPONENT = 80.0
 
 
@@ -76,10 +76,15 @@ def f_prime(log_ratios: Tensor, divergence: FDivergence, coefficient: float) -> 
         coefficient: c of the alpha-divergence.
     """
     if divergence == "forward_kl":
-        return 1 - torch.exp(-log_ratios)
+        return 1 - bounded_exp(-log_ratios)
     if divergence == "js_divergence":
         return math.log(2) + F.logsigmoid(log_ratios)
     if divergence == "alpha_divergence" and abs(coefficient - 1) >= 1e-6:  # its limit at 1 is reverse KL
         power = coefficient - 1
-        return (torch.exp(torch.clamp(power * log_ratios, max=_MAX_EXPONENT)) - 1) / power
+        return (bounded_exp(power * log_ratios) - 1) / power
     return log_ratios
+
+
+def bounded_exp(exponent: Tensor) -> Tensor:
+    """exp, constant from exp(80) on, so that neither value nor gradient overflows."""
+    return torch.exp(torch.clamp(exponent, max=_MAX_EXPONENT))
