@@ -8,8 +8,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from .hyperparameters import Hyperparameter, hyperparameters_of, signature
-from .reductions import TokenReduction
-from .types import Family, Metric, ModelOutputs, PolicyBatch, PreferenceBatch, Rollout
+from .types import Family, Metric, ModelOutputs, PolicyBatch, PreferenceBatch, Rollout, TokenReduction
 
 Metrics = Mapping[str, Tensor | Metric]
 

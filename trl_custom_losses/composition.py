@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from .base import Loss, Metrics
 from .errors import LossConfigError
 from .hyperparameters import check_type
-from .reductions import TokenReduction, reduce_loss
+from .reductions import reduce_loss
 from .registry import BuildContext, LossFunctionRegistry
-from .types import ModelOutputs, PolicyBatch, PreferenceBatch, Rollout
+from .types import ModelOutputs, PolicyBatch, PreferenceBatch, Rollout, TokenReduction
 
 #: `<name>_loss` is logged for something else.
 _TAKEN_NAMES = ("total", "policy", "aux", "train", "eval")
@@ -94,12 +94,12 @@ class ComposedLoss(Loss):
         total = sum(self.weights[name] * contribution for name, contribution in contributions.items())
         # A micro-batch's contribution times their number averages to the loss itself.
         scale = batch.denominators.micro_batches
-        metrics = merge_metrics(reported)
+        own = {}
         for name, contribution in contributions.items():
-            metrics[f"{name}_loss"] = contribution.detach() * scale
-            metrics[f"{name}_weight"] = contribution.new_full((), self.weights[name])
-        metrics["total_loss"] = total.detach() * scale
-        return total, metrics
+            own[f"{name}_loss"] = contribution.detach() * scale
+            own[f"{name}_weight"] = contribution.new_full((), self.weights[name])
+        own["total_loss"] = total.detach() * scale
+        return total, own | merge_metrics(reported, taken=own)
 
     def extra_repr(self) -> str:
         return f"weights={self.weights}"
@@ -137,9 +137,10 @@ def build_components(components: Sequence[Mapping[str, Any]], context: BuildCont
     return built
 
 
-def merge_metrics(reported: Mapping[str, Metrics]) -> dict[str, Any]:
-    """Metrics of all components; a name that several report is prefixed with each component's name."""
+def merge_metrics(reported: Mapping[str, Metrics], taken: Collection[str] = ()) -> dict[str, Any]:
+    """Metrics of all components; a name that several report, or that is taken, is prefixed with the component's."""
     times = Counter(key for metrics in reported.values() for key in metrics)
+    times.update(taken)
     return {
         key if times[key] == 1 else f"{component}/{key}": value
         for component, metrics in reported.items()

@@ -14,20 +14,16 @@ micro-batch mean.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .types import Denominators, PolicyBatch, PreferenceBatch, masked_sum
+from .types import PolicyBatch, PreferenceBatch, TokenReduction, masked_sum
 
 if TYPE_CHECKING:
     from .base import Loss
-
-#: (values (N, T), mask (N, T), sequence denominator, token denominator, denominators) -> scalar
-TokenReduction = Callable[[Tensor, Tensor, Tensor | float, Tensor | float, Denominators], Tensor]
 
 
 def _sequence_mean(values, mask, sequences, tokens, denominators) -> Tensor:

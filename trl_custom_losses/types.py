@@ -35,7 +35,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .errors import MissingFieldError
+from .fields import ExplainsMissingFields, optional
 
 Family = Literal["preference", "policy"]
 
@@ -48,34 +48,8 @@ REQUIREMENTS: dict[str, frozenset[str]] = {
 }
 
 
-def _optional() -> Any:
-    # A default factory leaves no class attribute behind, so that an absent field reaches `__getattr__`.
-    return field(default_factory=lambda: None)
-
-
-class _ExplainsMissingFields:
-    """Reading an absent optional field says so, instead of handing the loss a None that fails somewhere else."""
-
-    def __post_init__(self) -> None:
-        for name in [name for name, value in vars(self).items() if value is None]:
-            delattr(self, name)
-
-    def __getattr__(self, name: str) -> Any:
-        raise MissingFieldError(
-            f"`{type(self).__name__}` has no `{name}` here. If it is a field of this type, the loss must declare it "
-            f"(`requires = {{'{name}'}}`, or `columns` for data-set columns) for the trainer to provide it."
-        )
-
-    def __repr__(self) -> str:
-        parts = (
-            f"{name}={tuple(value.shape) if isinstance(value, Tensor) else value!r}"
-            for name, value in vars(self).items()
-        )
-        return f"{type(self).__name__}({', '.join(parts)})"
-
-    def has(self, name: str) -> bool:
-        """Whether the optional field `name` was provided."""
-        return name in vars(self)
+#: (values (N, T), mask (N, T), sequence denominator, token denominator, denominators) -> scalar
+TokenReduction = Callable[[Tensor, Tensor, "Tensor | float", "Tensor | float", "Denominators"], Tensor]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -99,7 +73,7 @@ class Denominators:
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class PreferenceBatch(_ExplainsMissingFields):
+class PreferenceBatch(ExplainsMissingFields):
     """A micro-batch of B preference pairs; see the table at the top of this module.
 
     Args:
@@ -115,8 +89,8 @@ class PreferenceBatch(_ExplainsMissingFields):
     attention_mask: Tensor
     mask: Tensor
     columns: Mapping[str, Any] = field(default_factory=dict)
-    pair_weights: Tensor | None = _optional()
-    denominators: Denominators = _optional()
+    pair_weights: Tensor | None = optional()
+    denominators: Denominators = optional()
 
     family = "preference"
 
@@ -172,7 +146,7 @@ class PreferenceBatch(_ExplainsMissingFields):
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class PolicyBatch(_ExplainsMissingFields):
+class PolicyBatch(ExplainsMissingFields):
     """A micro-batch of B sampled completions; see the table at the top of this module.
 
     Args:
@@ -196,14 +170,14 @@ class PolicyBatch(_ExplainsMissingFields):
     completion_ids: Tensor
     mask: Tensor
     advantages: Tensor
-    rewards: Tensor = _optional()
-    group_ids: Tensor = _optional()
-    on_policy_mask: Tensor = _optional()
-    entropy_mask: Tensor = _optional()
-    importance_sampling_ratio: Tensor = _optional()
+    rewards: Tensor = optional()
+    group_ids: Tensor = optional()
+    on_policy_mask: Tensor = optional()
+    entropy_mask: Tensor = optional()
+    importance_sampling_ratio: Tensor = optional()
     columns: Mapping[str, Any] = field(default_factory=dict)
     prepared: Mapping[str, Tensor] = field(default_factory=dict)
-    denominators: Denominators = _optional()
+    denominators: Denominators = optional()
 
     family = "policy"
 
@@ -267,7 +241,7 @@ def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class ModelOutputs(_ExplainsMissingFields):
+class ModelOutputs(ExplainsMissingFields):
     """What the forward passes produced; N = 2B rows (chosen, then rejected) for pairs, N = B for completions.
 
     Args:
@@ -286,14 +260,14 @@ class ModelOutputs(_ExplainsMissingFields):
 
     per_token_logps: Tensor
     mask: Tensor
-    entropies: Tensor = _optional()
-    ref_per_token_logps: Tensor = _optional()
-    ref_sums: Tensor = _optional()
-    old_per_token_logps: Tensor = _optional()
-    completion_lengths: Tensor = _optional()
-    token_weights: Tensor = _optional()
-    pooled_hidden: Tensor = _optional()
-    logits: Tensor = _optional()
+    entropies: Tensor = optional()
+    ref_per_token_logps: Tensor = optional()
+    ref_sums: Tensor = optional()
+    old_per_token_logps: Tensor = optional()
+    completion_lengths: Tensor = optional()
+    token_weights: Tensor = optional()
+    pooled_hidden: Tensor = optional()
+    logits: Tensor = optional()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -398,5 +372,6 @@ __all__ = [
     "PolicyBatch",
     "PreferenceBatch",
     "Rollout",
+    "TokenReduction",
     "masked_sum",
 ]

@@ -151,20 +151,23 @@ def make_inputs(
         inputs["advantages"] = torch.tensor([1.5, -0.7, -1.2, 0.4, 0.0, -2.0])[:batch]
     else:
         inputs["advantages"] = noise(batch, width)
+    # Rows 1 and 2 have negative advantages. Row 2 alone has drifted from its generation, and row 1 alone from the
+    # sampler, so that an off-policy mask drops either, by what it looks at.
     logps = per_token_logps(trainer, inputs)
-    padding = 3 * noise(batch, width) * (1 - completion_mask)
+    rows = torch.tensor([-0.4, -0.5, 1.0, -0.5, 1.0, 1.0])[:batch].unsqueeze(1) * drift
+    garbage = 3 * noise(batch, width) * (1 - completion_mask)
+    if tool_mask:
+        inputs["tool_mask"] = torch.ones(batch, width, dtype=torch.long)
+        inputs["tool_mask"][0, 2:5] = inputs["tool_mask"][1, 1] = inputs["tool_mask"][2, 0] = 0
+        garbage = garbage + 4 * (1 - inputs["tool_mask"])
     if old:
-        inputs["old_per_token_logps"] = logps + noise(batch, width, scale=drift) + padding
-    inputs["ref_per_token_logps"] = logps + noise(batch, width, scale=0.3) + padding
+        inputs["old_per_token_logps"] = logps + rows + noise(batch, width, scale=drift) + garbage
+    inputs["ref_per_token_logps"] = logps + noise(batch, width, scale=0.3) + garbage
     if sampling:
-        inputs["sampling_per_token_logps"] = logps + noise(batch, width, scale=drift) + padding
+        inputs["sampling_per_token_logps"] = logps - rows + noise(batch, width, scale=drift) + garbage
         inputs["sampling_per_token_logps"][0, 1] = torch.nan  # a token that vLLM could not score
     if ratio is not None:
         inputs["importance_sampling_ratio"] = noise(batch, width if ratio == "token" else 1, scale=0.5).exp()
-    if tool_mask:
-        inputs["tool_mask"] = torch.ones(batch, width, dtype=torch.long)
-        inputs["tool_mask"][0, 2:5] = 0
-        inputs["tool_mask"][2, 0] = 0
     return inputs
 
 
@@ -211,16 +214,16 @@ def assert_parity(pair: Pair, inputs: Mapping[str, Any], mode: str = "train") ->
     return metrics
 
 
-def assert_gradients(found: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None]) -> None:
-    """Equal gradients, parameter by parameter, up to rounding of the largest."""
+def assert_gradients(
+    found: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None], rtol: float = 1e-5, atol: float = 1e-6
+) -> None:
+    """Equal gradients, parameter by parameter; `atol` is relative to the largest."""
     assert found.keys() == expected.keys()
     assert [n for n in found if found[n] is None] == [n for n in expected if expected[n] is None]
-    largest = max((gradient.abs().max().item() for gradient in expected.values() if gradient is not None), default=0.0)
-    for name, gradient in expected.items():
-        if gradient is not None:
-            torch.testing.assert_close(
-                found[name], gradient, rtol=1e-5, atol=1e-6 * largest, msg=lambda m, n=name: n + m
-            )
+    present = {name: gradient for name, gradient in expected.items() if gradient is not None}
+    largest = max((gradient.abs().max().item() for gradient in present.values()), default=0.0)
+    for name, gradient in present.items():
+        torch.testing.assert_close(found[name], gradient, rtol=rtol, atol=atol * largest, msg=lambda m, n=name: n + m)
 
 
 def assert_logs(found: list[dict[str, Any]], expected: list[dict[str, Any]], tolerance: float = 1e-5) -> None:

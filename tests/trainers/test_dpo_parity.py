@@ -11,7 +11,7 @@ from trl_custom_losses import LossFunctionRegistry
 from .parity import LOSS_TYPES, TRL_METRICS, assert_parity
 
 # Away from the defaults, so that a hyperparameter that does not arrive, or acts where it should not, shows.
-OPTIONS = dict(beta=0.3, label_smoothing=0.15, discopop_tau=0.7)
+OPTIONS = {"beta": 0.3, "label_smoothing": 0.15, "discopop_tau": 0.7}
 
 
 def test_every_trl_loss_type_is_registered() -> None:

@@ -56,6 +56,16 @@ def test_loss_and_gradients_equal_trl_with_a_continued_adapter(dense_model: Path
     assert_parity(pair, make_inputs(pair.stock))
 
 
+@pytest.mark.parametrize("precision", ["autocast", "weights"])
+def test_half_precision_equals_trl(dense_model: Path, run_arguments: dict, precision: str) -> None:
+    arguments = {**run_arguments, "bf16": precision == "autocast"}
+    config = {"beta": 0.2, "entropy_coef": 0.1, "top_entropy_quantile": 0.5}
+    if precision == "weights":
+        config["model_init_kwargs"] = {"dtype": "bfloat16"}
+    pair = build_pair(dense_model, arguments, "grpo", **config)
+    assert_parity(pair, make_inputs(pair.stock))
+
+
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("coefficient", [None, 0.3, 0.0])
 def test_mixture_of_experts_equals_trl(
@@ -95,6 +105,8 @@ OPTIONS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("off-policy", "grpo", {"off_policy_mask_threshold": 0.05}, {}),
     ("off-policy-sampler", "dapo", {"off_policy_mask_threshold": 0.05, "beta": 0.2}, {"sampling": True}),
     ("off-policy-token", "bnpo", {"off_policy_mask_threshold": 0.05}, {"advantages": "token", "sampling": True}),
+    ("off-policy-zero", "grpo", {"off_policy_mask_threshold": 0.05}, {"lengths": (7, 3, 5, 1, 4)}),
+    ("zero-advantage", "vespo", {}, {"lengths": (7, 3, 5, 1, 4), "drift": 0.1}),
     ("high-entropy", "grpo", {"top_entropy_quantile": 0.4, "beta": 0.2}, {}),
     ("high-entropy-sequence", "luspo", {"top_entropy_quantile": 0.4, "importance_sampling_level": "sequence"}, {}),
     (
@@ -134,18 +146,35 @@ OPTIONS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize(
     ("loss", "config", "inputs"), [case[1:] for case in OPTIONS], ids=[f"{case[1]}-{case[0]}" for case in OPTIONS]
 )
 def test_option_around_the_surrogate_equals_trl(
-    dense_model: Path, run_arguments: dict, loss: str, config: dict, inputs: dict, mode: str
+    dense_model: Path, run_arguments: dict, loss: str, config: dict, inputs: dict
 ) -> None:
     pair = build_pair(dense_model, run_arguments, loss, **{"steps_per_generation": 6, **config})
     for trainer in pair:
         trainer.current_gradient_accumulation_steps = 3
         trainer.use_vllm = "ratio" in inputs
-    assert_parity(pair, make_inputs(pair.stock, **inputs), mode)
+    batch = make_inputs(pair.stock, **inputs)
+    assert_parity(pair, batch)
+    assert_parity(pair, batch, mode="eval")
+
+
+@pytest.mark.parametrize("tool_mask", [False, True])
+def test_the_micro_batch_is_one_that_off_policy_masks_act_on(
+    dense_model: Path, run_arguments: dict, tool_mask: bool
+) -> None:
+    trainer = harness.build_custom(dense_model, run_arguments)
+    inputs = make_inputs(trainer, sampling=True, tool_mask=tool_mask)
+    mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+    logps, advantages = harness.per_token_logps(trainer, inputs), inputs["advantages"].unsqueeze(1)
+    for name, kept in (("old_per_token_logps", [1, 1, 0, 1]), ("sampling_per_token_logps", [1, 0, 1, 1])):
+        found = trainer.get_off_policy_mask(advantages, logps, inputs[name], mask, 0.05)
+        assert found.flatten().tolist() == kept
+        if tool_mask:  # the tool's tokens would tip the balance
+            wrong = trainer.get_off_policy_mask(advantages, logps, inputs[name], inputs["completion_mask"], 0.05)
+            assert wrong.flatten().tolist() == [1, 0, 0, 1]
 
 
 @pytest.mark.parametrize("loss", TYPES)

@@ -90,6 +90,12 @@ class LossFunctionTrainer:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             config = arguments["args"] = self._default_config(f"{name.split('/')[-1]}-{self._default_suffix}")
         loss = build_loss(chosen, config)
+        trainable = [name for name, parameter in loss.named_parameters() if parameter.requires_grad]
+        if trainable:
+            raise LossConfigError(
+                f"the loss '{loss.name}' has trainable parameters ({', '.join(trainable)}), which no optimizer would "
+                "train; make them buffers, or set `requires_grad=False`"
+            )
         self.loss_function = loss
         self._columns = tuple(loss.columns)
         check_columns(loss, arguments.get("train_dataset"), "train_dataset")
@@ -161,7 +167,7 @@ class LossFunctionTrainer:
     # NaN and infinity
 
     def _stop_on_nonfinite(self, loss: Tensor, metrics: Mapping[str, Any], parts: Mapping[str, Tensor]) -> None:
-        """Remember on the device what was not finite; raise before the optimizer moves.
+        """In training, remember on the device what was not finite; raise before the optimizer moves.
 
         The flags of an optimizer step's micro-batches are read by the host once, at the last of them.
 
@@ -170,7 +176,7 @@ class LossFunctionTrainer:
             metrics: The loss's own; those of components, `<name>_loss`, tell which one it was.
             parts: What the loss was made of, by name.
         """
-        if not getattr(self.args, "stop_on_nonfinite_loss", True):
+        if not self.model.training or not getattr(self.args, "stop_on_nonfinite_loss", True):
             return
         watched = {"loss": loss} | {
             name: value for name, value in metrics.items() if name.endswith("_loss") and isinstance(value, Tensor)
@@ -181,18 +187,23 @@ class LossFunctionTrainer:
         names = "\n".join(watched)
         seen = self._nonfinite.get(names)
         self._nonfinite[names] = flags if seen is None else seen | flags
-        if self.model.training and not self.accelerator.sync_gradients:
+        if not self.accelerator.sync_gradients:
             return
         for names, flags in self._nonfinite.items():
             if bool(flags[0]):
                 found = [name for name, bad in zip(names.split("\n"), flags.tolist(), strict=True) if bad]
-                self._nonfinite = {}
+                self._abandon_step()
                 raise NonFiniteLossError(
                     f"the loss '{self.loss_function.name}' is not finite at step {self.state.global_step + 1} (rank "
                     f"{self.accelerator.process_index}). Not finite: {', '.join(found)}. The model was not updated. To "
                     "continue in spite of it, set `stop_on_nonfinite_loss=False`."
                 )
         self._nonfinite = {}
+
+    def _abandon_step(self) -> None:
+        """Forget the optimizer step under way, so that training can be started again."""
+        self._nonfinite = {}
+        self._buffers["train"] = MetricBuffer()
 
 
 def check_columns(loss: Loss, dataset: Any, which: str) -> None:

@@ -211,6 +211,10 @@ class CustomDPOTrainer(LossFunctionTrainer, DPOTrainer):
         stock = {name: (total, count, "micro_batch", "mean") for name, (total, count) in sums.items()}
         self._buffers[mode].add(stock | extra)
 
+    def _abandon_step(self) -> None:
+        super()._abandon_step()
+        self._window_left, self._local_tokens = 0, 0.0
+
     def _flush_metrics(self, mode: str) -> None:
         if self._buffers[mode]:
             # As a metric that every rank reports once, the token count shares the metrics' collective.
