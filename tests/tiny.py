@@ -18,16 +18,16 @@ from transformers import (
 )
 
 _CHARACTERS = "0123456789+-=abcdefghijklmnopqrstuvwxyz .?!"
-_SIZES = dict(
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-    max_position_embeddings=128,
-    tie_word_embeddings=False,
-    initializer_range=0.3,  # large, so that probabilities, and with them losses, differ between tokens
-)
+_SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.3,  # large, so that probabilities, and with them losses, differ between tokens
+}
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -185,6 +185,9 @@ class ObjectLoss(Loss):
     def declared_hyperparameters(cls) -> dict[str, Hyperparameter]:
         return hyperparameters_of(cls.wrapped)
 
+    def hyperparameters(self) -> dict[str, Any]:
+        return {name: getattr(self.object, name) for name in self.origins if hasattr(self.object, name)}
+
     @classmethod
     def wrap(cls, wrapped: type, facts: Mapping[str, Any]) -> type[ObjectLoss]:
         """Make the class for `wrapped`, with `facts` as the class attributes of `Loss`."""

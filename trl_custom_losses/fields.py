@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -35,6 +35,10 @@ class ExplainsMissingFields:
             for name, value in vars(self).items()
         )
         return f"{type(self).__name__}({', '.join(parts)})"
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed (`dataclasses.replace` would read the absent ones)."""
+        return type(self)(**{**vars(self), **changes})
 
     def has(self, name: str) -> bool:
         """Whether the optional field `name` was provided."""

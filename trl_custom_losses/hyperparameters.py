@@ -49,12 +49,13 @@ def hyperparameters_of(callable_: Callable[..., Any] | type) -> dict[str, Hyperp
                 break
     else:
         parameters = list(signature(callable_).parameters.values())
-        if len([p for p in parameters[2:] if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]):
+        parameters = [p for index, p in enumerate(parameters) if index >= 2 or p.kind is p.KEYWORD_ONLY]
+        if [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]:
             raise LossConfigError(
                 f"the arguments of {callable_.__name__} after batch and outputs are hyperparameters and must be "
-                f"keyword-only: f(batch, outputs, *, {', '.join(p.name for p in parameters[2:])})"
+                f"keyword-only: f(batch, outputs, *, {', '.join(p.name for p in parameters)})"
             )
-        _collect(callable_, parameters[2:], found)
+        _collect(callable_, parameters, found)
     return found
 
 
@@ -171,7 +172,8 @@ def check_type(value: Any, annotation: Any, where: str) -> Any:
         )
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 2**63:
         raise LossConfigError(f"{where}: expected a number within 64 bits, found one of {len(str(abs(value)))} digits")
-    if isinstance(value, float) and not math.isfinite(value):
+    numbers = value if isinstance(value, (list, tuple)) else [value]
+    if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
         raise LossConfigError(f"{where}: expected a finite number, found {value!r}")
     accepts_int = annotation is int or int in typing.get_args(annotation)
     accepts_float = annotation is float or float in typing.get_args(annotation)
@@ -208,6 +210,13 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def check_choice(name: str, value: str, choices: Any) -> Any:
+    """Return `value` if it is one of the choices (a `Literal`), else raise a `LossConfigError` that names them."""
+    if value not in typing.get_args(choices):
+        raise LossConfigError(f"hyperparameter '{name}': expected {_type_name(choices)}, found {value!r}")
+    return value
 
 
 def check_range(

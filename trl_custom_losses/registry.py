@@ -19,6 +19,11 @@ from .types import REQUIREMENTS, Family
 
 ENTRY_POINT_GROUP = "trl_custom_losses.losses"
 
+_CHOICES = {
+    "pair_weighting": ("pair", "mean"),
+    "f_divergence": ("hyperparameter", "independent", "unsupported"),
+}
+
 _IMPORT_PATH = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
 
 
@@ -142,8 +147,10 @@ class LossFunctionRegistry:
             loss = loss_class.from_hyperparameters(values, context)
         except LossConfigError as error:
             raise LossConfigError(f"loss '{type_}': {error}") from error
-        except (TypeError, ValueError) as error:
-            raise LossConfigError(f"loss '{type_}' rejected its hyperparameters {values}: {error}") from error
+        except Exception as error:  # whatever the constructor of somebody's loss raises
+            raise LossConfigError(
+                f"loss '{type_}' rejected its hyperparameters {values}: {type(error).__name__}: {error}"
+            ) from error
         loss.name, loss.origins = type_, origins
         return loss
 
@@ -275,6 +282,11 @@ def _check_facts(loss: Loss) -> None:
             raise LossConfigError(
                 f"loss '{loss.name}' requires '{name}', which a {loss.family} trainer cannot compute"
                 f"{suggestion(name, known)}; it can compute {', '.join(sorted(known))}"
+            )
+    for fact, choices in _CHOICES.items():
+        if getattr(loss, fact) not in choices:
+            raise LossConfigError(
+                f"loss '{loss.name}': `{fact}` is one of {', '.join(choices)}; found {getattr(loss, fact)!r}"
             )
     if not callable(loss.reduction) and loss.reduction not in REDUCTIONS:
         raise LossConfigError(

@@ -224,10 +224,8 @@ class PolicyBatch(ExplainsMissingFields):
         """
         prefix = f"{component}."
         prepared = {name[len(prefix) :]: value for name, value in self.prepared.items() if name.startswith(prefix)}
-        present = {name: value for name, value in vars(self).items() if name != "prepared"}
-        if "advantages" in prepared:
-            present["advantages"] = prepared["advantages"]
-        return type(self)(prepared=prepared, **present)
+        changes = {"advantages": prepared["advantages"]} if "advantages" in prepared else {}
+        return self.replace(prepared=prepared, **changes)
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +31,6 @@ TRL_METRICS = {
     "rewards/accuracies",
     "rewards/margins",
 }
-
-# Every `train()` collects garbage, which takes long only because of all that is imported; that never becomes garbage.
-gc.freeze()
 
 #: Differ between two equal runs.
 _TIMINGS = ("runtime", "per_second", "preparation_time", "total_flos")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...base import PolicyLoss
 from ...errors import LossConfigError
-from ...hyperparameters import check_range
+from ...hyperparameters import check_choice, check_range
 from ...types import ModelOutputs, masked_sum
 
 ImportanceLevel = Literal["token", "sequence"]
@@ -31,7 +31,9 @@ class ImportanceWeightedLoss(PolicyLoss):
 
     def __init__(self, *, importance_sampling_level: ImportanceLevel = "token") -> None:
         super().__init__()
-        self.importance_sampling_level = importance_sampling_level
+        self.importance_sampling_level = check_choice(
+            "importance_sampling_level", importance_sampling_level, ImportanceLevel
+        )
 
     def log_weights(self, outputs: ModelOutputs) -> Tensor:
         """log w, (B, T) or (B, 1), nats, with gradient."""

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...hyperparameters import check_choice
 from ...types import ModelOutputs
 from .log_ratio import LogRatioLoss
 
@@ -45,7 +46,7 @@ class ScoreDifferenceLoss(LogRatioLoss):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.f_divergence_type = f_divergence_type
+        self.f_divergence_type = check_choice("f_divergence_type", f_divergence_type, FDivergence)
         self.f_alpha_divergence_coef = f_alpha_divergence_coef
 
     def scores(self, outputs: ModelOutputs) -> tuple[Tensor, Tensor]:

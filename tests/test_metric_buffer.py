@@ -1,0 +1,279 @@
+"""Metrics collected on the device and reduced over ranks."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import trl_custom_losses
+from trl_custom_losses import Metric
+
+
+def _load() -> ModuleType:
+    """The module without the package around it, which imports trl."""
+    path = Path(trl_custom_losses.__file__).parent / "trainers" / "metric_buffer.py"
+    spec = importlib.util.spec_from_file_location("trl_custom_losses.trainers.metric_buffer_alone", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_module = _load()
+MetricBuffer, summarise = _module.MetricBuffer, _module.summarise
+
+_MASK = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]])
+
+
+def _alone(packed: Tensor) -> Tensor:
+    return packed
+
+
+def _reduce_over_ranks(*ranks: Any) -> list[dict[str, float]]:
+    """Reduce several buffers as their ranks would, with a gather that concatenates what all of them packed."""
+    packed: list[Tensor] = []
+
+    class Recorded(Exception):
+        pass
+
+    def record(tensor: Tensor) -> Tensor:
+        packed.append(tensor)
+        raise Recorded
+
+    for rank in ranks:
+        rows = list(rank._rows)
+        with pytest.raises(Recorded):
+            rank.reduce(record)
+        rank._rows = rows
+    return [rank.reduce(lambda _: torch.cat(packed)) for rank in ranks]
+
+
+def _buffer(*micro_batches: Mapping[str, tuple]) -> Any:
+    buffer = MetricBuffer()
+    for metrics in micro_batches:
+        buffer.add({name: (torch.tensor(float(value)), *rest) for name, (value, *rest) in metrics.items()})
+    return buffer
+
+
+# Averages
+
+
+def test_per_log_is_the_total_sum_over_the_total_count() -> None:
+    buffer = _buffer({"x": (6.0, 3.0, "log", "mean")}, {"x": (10.0, 1.0, "log", "mean")})
+    assert buffer.reduce(_alone) == {"x": (6 + 10) / (3 + 1)}
+
+
+def test_per_micro_batch_is_the_mean_of_means() -> None:
+    buffer = _buffer({"x": (6.0, 3.0, "micro_batch", "mean")}, {"x": (10.0, 1.0, "micro_batch", "mean")})
+    assert buffer.reduce(_alone) == {"x": (6 / 3 + 10 / 1) / 2}
+
+
+def test_ranks_count_by_what_they_hold() -> None:
+    first = _buffer({"x": (6.0, 3.0, "log", "mean"), "y": (6.0, 3.0, "micro_batch", "mean")})
+    second = _buffer({"x": (10.0, 1.0, "log", "mean"), "y": (10.0, 1.0, "micro_batch", "mean")})
+    assert _reduce_over_ranks(first, second) == [{"x": 16 / 4, "y": 16 / 4}] * 2
+
+
+def test_ranks_meet_micro_batch_by_micro_batch() -> None:
+    per = ("micro_batch", "mean")
+    first = _buffer({"x": (2.0, 1.0, *per)}, {"x": (0.0, 1.0, *per)})
+    second = _buffer({"x": (9.0, 3.0, *per)}, {"x": (5.0, 1.0, *per)})
+    assert _reduce_over_ranks(first, second)[0] == {"x": (11 / 4 + 5 / 2) / 2}
+
+
+def test_extrema_over_ranks_are_averaged_over_micro_batches() -> None:
+    def metrics(low: float, high: float) -> dict[str, tuple]:
+        return {"low": (low, 1.0, "micro_batch", "min"), "high": (high, 1.0, "micro_batch", "max")}
+
+    first = _buffer(metrics(1.0, 5.0), metrics(4.0, 4.5))
+    second = _buffer(metrics(0.0, 2.0), metrics(6.0, 7.0))
+    assert _reduce_over_ranks(first, second)[1] == {"low": (0 + 4) / 2, "high": (5 + 7) / 2}
+
+
+def test_an_extremum_over_no_sequence_is_left_out() -> None:
+    empty = {"low": (math.inf, 1.0, "micro_batch", "min"), "high": (-math.inf, 1.0, "micro_batch", "max")}
+    some = {"low": (2.0, 1.0, "micro_batch", "min"), "high": (3.0, 1.0, "micro_batch", "max")}
+    assert _buffer(empty, some).reduce(_alone) == {"low": 2.0, "high": 3.0}
+    assert _reduce_over_ranks(_buffer(empty), _buffer(some))[0] == {"low": 2.0, "high": 3.0}
+    assert all(map(math.isnan, _buffer(empty).reduce(_alone).values()))
+
+
+@pytest.mark.parametrize(
+    ("per", "reduce"), [("log", "mean"), ("micro_batch", "mean"), ("micro_batch", "min"), ("micro_batch", "max")]
+)
+def test_a_nan_is_shown_not_dropped(per: str, reduce: str) -> None:
+    assert math.isnan(_buffer({"x": (math.nan, 1.0, per, reduce)}).reduce(_alone)["x"])
+
+
+def test_nothing_counted_has_no_average() -> None:
+    buffer = _buffer({"x": (0.0, 0.0, "log", "mean"), "y": (0.0, 0.0, "micro_batch", "mean")})
+    assert buffer.reduce(_alone) == {"y": 0.0}  # what TRL logs for a micro-batch without tokens
+
+
+def test_counts_stay_exact() -> None:
+    large = 2**24 + 1  # beyond float32
+    buffer = MetricBuffer()
+    buffer.add({"x": (torch.tensor(large), torch.tensor(1), "log", "mean")})
+    assert buffer.reduce(_alone) == {"x": large}
+
+
+def test_metrics_may_differ_between_micro_batches() -> None:
+    buffer = _buffer({"x": (2.0, 1.0, "log", "mean")}, {"x": (4.0, 1.0, "log", "mean"), "y": (5.0, 1.0, "log", "mean")})
+    assert buffer.reduce(_alone) == {"x": 3.0, "y": 5.0}
+
+
+def test_many_metrics_are_not_mixed_up() -> None:
+    metrics = {f"m{i}": (float(i), 1.0, "log", "mean") for i in range(400)}
+    assert _buffer(metrics, metrics).reduce(_alone) == {f"m{i}": float(i) for i in range(400)}
+
+
+def test_ranks_may_name_their_metrics_in_any_order() -> None:
+    x, y = (1.0, 1.0, "log", "mean"), (5.0, 1.0, "log", "mean")
+    assert _reduce_over_ranks(_buffer({"x": x, "y": y}), _buffer({"y": y, "x": x})) == [{"x": 1.0, "y": 5.0}] * 2
+
+
+# State
+
+
+def test_reducing_starts_anew_and_nothing_needs_no_collective() -> None:
+    def refuse(_: Tensor) -> Tensor:
+        raise AssertionError("gathered")
+
+    buffer = _buffer({"x": (2.0, 1.0, "log", "mean")})
+    assert buffer
+    buffer.reduce(_alone)
+    assert not buffer and buffer.reduce(refuse) == {}
+    buffer.add({})
+    assert not buffer
+
+
+def test_one_gather_of_a_size_that_hides_small_differences() -> None:
+    sizes = []
+
+    def gather(packed: Tensor) -> Tensor:
+        sizes.append(packed.shape)
+        return packed
+
+    for count in (1, 100):
+        _buffer({f"m{i}": (1.0, 1.0, "log", "mean") for i in range(count)}).reduce(gather)
+    assert sizes == [torch.Size([512])] * 2
+
+
+def test_values_are_detached_and_stay_on_the_device() -> None:
+    value = torch.tensor(2.0, requires_grad=True) * 1
+    buffer = MetricBuffer()
+    buffer.add({"x": (value, 1.0, "log", "mean")})
+    assert not buffer._rows[0][1].requires_grad
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        _buffer({"y": (1.0, 1.0, "log", "mean")}),
+        _buffer({"x": (1.0, 1.0, "micro_batch", "mean")}),
+        _buffer({"x": (1.0, 1.0, "micro_batch", "max")}),
+        _buffer({"x": (1.0, 1.0, "log", "mean"), "y": (1.0, 1.0, "log", "mean")}),
+        _buffer({"x": (1.0, 1.0, "log", "mean")}, {"x": (1.0, 1.0, "log", "mean")}),
+    ],
+)
+def test_ranks_with_different_metrics_say_so(other: Any) -> None:
+    with pytest.raises(RuntimeError, match=r"ranks logged different metrics.*This rank: \['x'\]"):
+        _reduce_over_ranks(_buffer({"x": (1.0, 1.0, "log", "mean")}), other)
+
+
+# What a loss returns
+
+
+def _summarise(value: Any) -> tuple[float, float, str, str]:
+    total, count, per, reduce = summarise({"x": value}, _MASK, "mine")["x"]
+    return float(total), float(count), per, reduce
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (torch.tensor(2.5), (2.5, 1.0)),
+        (2.5, (2.5, 1.0)),
+        (3, (3.0, 1.0)),
+        (torch.tensor([1.0, 2.0, 6.0]), (9.0, 3.0)),
+        (torch.tensor([[1.0], [2.0], [6.0]]), (9.0, 3.0)),
+        (torch.tensor([True, False, True]), (2.0, 3.0)),
+        (torch.tensor([[1.0, 2.0, 3.0], [4.0, 9.0, 9.0], [9.0, 9.0, 9.0]]), (10.0, 4.0)),  # scored tokens only
+        (torch.tensor([[1.0, 2.0, 3.0]]), (6.0, 3.0)),  # the first rows, as for chosen completions
+        (torch.tensor([[1.0, 2.0, 3.0], [4.0, torch.nan, torch.inf]]), (10.0, 4.0)),
+    ],
+    ids=str,
+)
+def test_sums_and_counts(value: Any, expected: tuple[float, float]) -> None:
+    assert _summarise(value) == (*expected, "log", "mean")
+    if isinstance(value, Tensor):
+        assert _summarise(Metric(value, per="micro_batch")) == (*expected, "micro_batch", "mean")
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high"),
+    [
+        (torch.tensor([3.0, 1.0, 2.0]), 1.0, 3.0),
+        (torch.tensor([[3.0], [1.0], [2.0]]), 1.0, 3.0),
+        (torch.tensor([[1.0, 2.0, 6.0], [4.0, -9.0, 9.0], [99.0, 99.0, 99.0]]), 3.0, 4.0),  # of means of sequences
+        (torch.tensor(2.0), 2.0, 2.0),
+    ],
+    ids=str,
+)
+def test_extrema_are_over_sequences(value: Tensor, low: float, high: float) -> None:
+    assert _summarise(Metric(value, reduce="min")) == (low, 1.0, "micro_batch", "min")
+    assert _summarise(Metric(value, reduce="max")) == (high, 1.0, "micro_batch", "max")
+
+
+def test_extrema_over_empty_completions_are_infinite() -> None:
+    value = torch.zeros(2, 3)
+    empty = torch.zeros(2, 3, dtype=torch.long)
+    low = summarise({"x": Metric(value, reduce="min")}, empty, "mine")["x"][0]
+    high = summarise({"x": Metric(value, reduce="max")}, empty, "mine")["x"][0]
+    assert (low.item(), high.item()) == (torch.inf, -torch.inf)
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (4, 3), (2, 2, 2), (1, 3, 1)])
+def test_other_shapes_are_refused_by_name(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"loss 'mine': metric 'x'"):
+        _summarise(torch.ones(shape))
+
+
+@pytest.mark.parametrize("value", [True, None, "1", [1.0]])
+def test_other_types_are_refused_by_name(value: Any) -> None:
+    with pytest.raises(TypeError, match=r"loss 'mine': metric 'x' must be a detached tensor"):
+        _summarise(value)
+
+
+def test_summaries_are_detached_and_never_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a tensor moves to the host")
+
+    kinds: list[Callable[[Tensor], Any]] = [lambda v: v, Metric, lambda v: Metric(v, reduce="min")]
+    value = torch.ones(3, 3, requires_grad=True) * 2
+    for method in ("item", "tolist", "cpu", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(Tensor, method, refuse)
+    for kind in kinds:
+        summary = summarise({"x": kind(value), "y": kind(value[:, 0])}, _MASK, "mine")
+        MetricBuffer().add(summary)
+        assert not any(part.requires_grad for row in summary.values() for part in row if isinstance(part, Tensor))
+
+
+def test_micro_batches_of_a_loss_average_exactly() -> None:
+    values = torch.rand(5, 4, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 1, 0]])
+    ranks = [MetricBuffer(), MetricBuffer()]
+    for rank, rows in ((0, slice(0, 1)), (1, slice(1, 3)), (0, slice(3, 4)), (1, slice(4, 5))):
+        metrics = {"token": values[rows], "row": values[rows, 0]}
+        ranks[rank].add(summarise(metrics, mask[rows], "mine"))
+    token, row = (values * mask).sum().item() / mask.sum().item(), values[:, 0].mean().item()
+    for reduced in _reduce_over_ranks(*ranks):
+        assert reduced == {"token": pytest.approx(token, rel=1e-12), "row": pytest.approx(row, rel=1e-12)}
