@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
+import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,22 +40,23 @@ def _alone(packed: Tensor) -> Tensor:
 
 
 def _reduce_over_ranks(*ranks: Any) -> list[dict[str, float]]:
-    """Reduce several buffers as their ranks would, with a gather that concatenates what all of them packed."""
-    packed: list[Tensor] = []
+    """Reduce several buffers as their ranks would: a thread each, meeting in a gather that concatenates."""
+    parts: dict[int, Tensor] = {}
+    barrier = threading.Barrier(len(ranks), timeout=10)
 
-    class Recorded(Exception):
-        pass
+    def reduce(index: int) -> dict[str, float]:
+        def gather(tensor: Tensor) -> Tensor:
+            parts[index] = tensor
+            barrier.wait()
+            assert len({part.shape for part in parts.values()}) == 1, "a real collective would crash or hang"
+            gathered = torch.cat([parts[rank] for rank in range(len(ranks))])
+            barrier.wait()
+            return gathered
 
-    def record(tensor: Tensor) -> Tensor:
-        packed.append(tensor)
-        raise Recorded
+        return ranks[index].reduce(gather)
 
-    for rank in ranks:
-        rows = list(rank._rows)
-        with pytest.raises(Recorded):
-            rank.reduce(record)
-        rank._rows = rows
-    return [rank.reduce(lambda _: torch.cat(packed)) for rank in ranks]
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        return list(pool.map(reduce, range(len(ranks))))
 
 
 def _buffer(*micro_batches: Mapping[str, tuple]) -> Any:
@@ -155,16 +158,29 @@ def test_reducing_starts_anew_and_nothing_needs_no_collective() -> None:
     assert not buffer
 
 
-def test_one_gather_of_a_size_that_hides_small_differences() -> None:
+def test_ranks_agree_on_what_they_exchange_before_they_do() -> None:
     sizes = []
 
     def gather(packed: Tensor) -> Tensor:
-        sizes.append(packed.shape)
+        sizes.append(packed.numel())
         return packed
 
-    for count in (1, 100):
-        _buffer({f"m{i}": (1.0, 1.0, "log", "mean") for i in range(count)}).reduce(gather)
-    assert sizes == [torch.Size([512])] * 2
+    _buffer({f"m{i}": (1.0, 1.0, "log", "mean") for i in range(100)}).reduce(gather)
+    assert sizes == [2, 200]
+
+
+def test_much_is_reduced_early_and_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MetricBuffer.compact.__globals__, "_MOST_ROWS", 3)
+    micro_batches = [
+        {"x": (float(i), 1.0 + i, "log", "mean"), "y": (float(i), 2.0, "micro_batch", "mean")} for i in range(8)
+    ]
+    whole, early = _buffer(*micro_batches), MetricBuffer()
+    for metrics in micro_batches:
+        early.add({name: (torch.tensor(value), *rest) for name, (value, *rest) in metrics.items()})
+        early.compact(_alone)
+        assert len(early._rows) < 3
+    assert early.reduce(_alone) == pytest.approx(whole.reduce(_alone))
+    assert not early
 
 
 def test_values_are_detached_and_stay_on_the_device() -> None:

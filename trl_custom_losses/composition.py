@@ -42,6 +42,8 @@ class ComposedLoss(Loss):
     def __init__(self, *, components: list) -> None:
         super().__init__()
         names, weights, losses = zip(*components, strict=True)
+        for name, loss in zip(names, losses, strict=True):
+            loss.name = loss.name or name
         # Not a ModuleDict, which refuses names such as "type" or "train".
         self.losses = nn.ModuleList(losses)
         self.names: tuple[str, ...] = names
@@ -126,6 +128,12 @@ def build_components(components: Sequence[Mapping[str, Any]], context: BuildCont
                 f"{where}: the metric '{name}_loss' is the trainer's; choose another 'name' than {name!r}"
             )
         weight = check_type(weight, float, f"{where} ('{name}'), 'weight'")
+        for key in ("name", "weight"):
+            if key in LossFunctionRegistry.get(settings["type"]).declared_hyperparameters():
+                raise LossConfigError(
+                    f"{where}: '{key}' is a key of the component, but also a hyperparameter of '{settings['type']}'; "
+                    "rename the hyperparameter"
+                )
         loss = LossFunctionRegistry.build(settings, context=context)
         built.append((name, weight, loss))
     repeated = [name for name, count in Counter(name for name, _, _ in built).items() if count > 1]

@@ -89,6 +89,7 @@ def resolve(
     given: Mapping[str, Any],
     defaults: Mapping[str, Any],
     defaults_from: str,
+    untouched: Collection[str] = (),
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The values to build a loss with: given, else the trainer config's, else the loss's own default.
 
@@ -98,6 +99,7 @@ def resolve(
         given: What its configuration says.
         defaults: Fields of the trainer's config; a field that is None counts as not set.
         defaults_from: Name of that config, for the origins.
+        untouched: Fields of it that nobody set, for the origins.
 
     Returns:
         Values and, under the same names, where each came from.
@@ -118,6 +120,8 @@ def resolve(
             value, origin = given[name], "loss_function"
         elif defaults.get(name) is not None:
             value, origin = defaults[name], defaults_from
+            if not parameter.required and parameter.default not in (None, value) and name in untouched:
+                origin = f"{defaults_from}'s default, not the loss's own {parameter.default!r}"
         elif not parameter.required:
             value, origin = parameter.default, "default"
         else:
@@ -137,7 +141,7 @@ def suggestion(name: str, known: Collection[str]) -> str:
 _TRAINER_OPTIONS = {
     "beta": "In GRPO `beta` is the coefficient of the KL term, which the trainer adds around every policy loss",
     "use_weighting": "WPO weighting is applied by the trainer around every loss",
-    "ld_alpha": "LD-DPO weights are applied by the trainer to the log-probabilities of every loss",
+    "ld_alpha": "LD-DPO weights are applied by the trainer to `logps` and `ref_logps`, the sums that losses read",
     "weight": "A weight belongs to a component of a composition",
 }
 

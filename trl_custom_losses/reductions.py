@@ -31,7 +31,8 @@ def _sequence_mean(values, mask, sequences, tokens, denominators) -> Tensor:
 
 
 def _token_mean(values, mask, sequences, tokens, denominators) -> Tensor:
-    tokens = tokens.clamp(min=1) if isinstance(tokens, Tensor) else max(tokens, 1)
+    # The trainer counts at least one token and then scales, so that a denominator below 1 is legitimate; 0 is not.
+    tokens = tokens.masked_fill(tokens == 0, 1) if isinstance(tokens, Tensor) else tokens or 1
     return masked_sum(values, mask).sum() / tokens
 
 

@@ -19,6 +19,9 @@ from .types import REQUIREMENTS, Family
 
 ENTRY_POINT_GROUP = "trl_custom_losses.losses"
 
+#: Origin of the hyperparameters of a loss that was handed over as an object.
+GIVEN_OBJECT = "the given object"
+
 _CHOICES = {
     "pair_weighting": ("pair", "mean"),
     "f_divergence": ("hyperparameter", "independent", "unsupported"),
@@ -35,11 +38,13 @@ class BuildContext:
         family: The trainer's family; None accepts any.
         defaults: Fields of the trainer's config that losses of `family` fall back to.
         defaults_from: The config's name, for messages.
+        untouched: Fields that still have the config's own default, for messages.
     """
 
     family: Family | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     defaults_from: str = "trainer config"
+    untouched: frozenset[str] = frozenset()
 
 
 class LossFunctionRegistry:
@@ -67,7 +72,7 @@ class LossFunctionRegistry:
                 raise LossConfigError(f"a loss is registered under a name such as 'my_loss', found {name!r}")
             if name not in cls._functions and not cls._loaded and not _is_builtin(loss):
                 cls._load()  # so that a clash with a name of this package shows at once
-            if name in cls._functions:
+            if name in cls._functions and not _is_run_again(cls._functions[name], loss):
                 raise LossConfigError(
                     f"a loss named '{name}' is already registered ({_where(cls._functions[name])}); choose another "
                     f"name for {_where(loss)}"
@@ -142,7 +147,8 @@ class LossFunctionRegistry:
         declared = loss_class.declared_hyperparameters()
         # Fields of the trainer's config mean what they say within its own family only.
         own = context.family is not None and loss_class.family == context.family
-        values, origins = resolve(type_, declared, settings, context.defaults if own else {}, context.defaults_from)
+        defaults = context.defaults if own else {}
+        values, origins = resolve(type_, declared, settings, defaults, context.defaults_from, context.untouched)
         try:
             loss = loss_class.from_hyperparameters(values, context)
         except LossConfigError as error:
@@ -233,7 +239,10 @@ def _as_loss_class(loss: Any, facts: Mapping[str, Any], name: str, family: Famil
                 f"loss '{name}': say which family the function belongs to, `register('{name}', family='preference')` "
                 "or 'policy', or annotate its first argument as PreferenceBatch or PolicyBatch"
             )
-        hyperparameters_of(loss)  # raises if the function could not be called with hyperparameters alone
+        # Hyperparameters become attributes of the loss object.
+        taken = [hyperparameter for hyperparameter in hyperparameters_of(loss) if hasattr(FunctionLoss, hyperparameter)]
+        if taken:
+            raise LossConfigError(f"loss '{name}': a hyperparameter cannot be called {taken[0]!r}; rename it")
         return FunctionLoss.wrap(loss, facts)
     raise LossConfigError(f"loss '{name}' must be a class or a function `f(batch, outputs, *, ...)`, found {loss!r}")
 
@@ -242,13 +251,17 @@ def _from_object(loss: Any, context: BuildContext) -> Loss:
     """A loss object or a plain function handed over in place of a configuration."""
     if isinstance(loss, Loss):
         loss.name = loss.name or type(loss).__name__
+        for leaf in loss.leaves():
+            leaf.origins = leaf.origins or dict.fromkeys(leaf.declared_hyperparameters(), GIVEN_OBJECT)
         return loss
     if inspect.isclass(loss):
         raise LossConfigError(f"expected a loss object, found the class {loss.__name__}: write `{loss.__name__}(...)`")
     if inspect.isfunction(loss):
         loss_class = _registered_class(loss) or _as_loss_class(loss, {}, loss.__name__, context.family)
         declared = loss_class.declared_hyperparameters()
-        values, origins = resolve(loss.__name__, declared, {}, context.defaults, context.defaults_from)
+        values, origins = resolve(
+            loss.__name__, declared, {}, context.defaults, context.defaults_from, context.untouched
+        )
         built = loss_class.from_hyperparameters(values, context)
         built.name, built.origins = loss.__name__, origins
         return built
@@ -272,6 +285,8 @@ def _check_facts(loss: Loss) -> None:
     """Reject what a loss declares about itself and the framework does not know."""
     if loss.family not in REQUIREMENTS:
         raise LossConfigError(f"loss '{loss.name}': `family` must be 'preference' or 'policy', found {loss.family!r}")
+    if loss.family == "preference" and hasattr(loss, "prepare") and not loss.composite:
+        raise LossConfigError(f"loss '{loss.name}' defines `prepare`, which only policy losses have")
     known = REQUIREMENTS[loss.family]
     for fact in ("requires", "columns"):
         names = getattr(loss, fact)
@@ -314,6 +329,11 @@ def _is_made_of(loss_class: type[Loss], loss: Any) -> bool:
 
 def _is_builtin(loss: Any) -> bool:
     return getattr(loss, "__module__", "").startswith(f"{__package__}.")
+
+
+def _is_run_again(registered: type[Loss], loss: Any) -> bool:
+    """Whether a notebook cell that registers a loss is run a second time."""
+    return getattr(loss, "__module__", "") == "__main__" and _where(registered) == _where(loss)
 
 
 def _where(loss: Any) -> str:

@@ -61,8 +61,8 @@ class Denominators:
 
     Args:
         sequences: Number of pairs (preference) or sequences (policy).
-        tokens: Number of scored tokens of all rows.
-        chosen_tokens: Number of scored tokens of the chosen rows (preference only).
+        tokens: Number of scored tokens of all rows, counted as at least 1 before any scaling.
+        chosen_tokens: The same of the chosen rows (preference only).
         micro_batches: What a value that is already a mean over the micro-batch is divided by.
     """
 
@@ -99,8 +99,8 @@ class PreferenceBatch(ExplainsMissingFields):
         if not self.has("denominators"):
             self.denominators = Denominators(
                 sequences=float(self.num_pairs),
-                tokens=self.mask.sum(),
-                chosen_tokens=self.mask[: self.num_pairs].sum(),
+                tokens=self.mask.sum().clamp(min=1),
+                chosen_tokens=self.mask[: self.num_pairs].sum().clamp(min=1),
             )
 
     @property

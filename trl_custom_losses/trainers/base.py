@@ -5,17 +5,21 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import get_config_model_id
 
 from ..base import Loss
 from ..errors import LossConfigError, NonFiniteLossError
 from ..hyperparameters import suggestion
-from .config import build_loss
+from ..registry import GIVEN_OBJECT
+from .config import build_loss, check_parallelism, is_set
 from .forward import find_backbone
 from .metric_buffer import MetricBuffer
 
@@ -58,6 +62,12 @@ _TRAINER_METRICS = frozenset(
         "step_time",
     }
 )
+
+
+_TRAINER_PREFIXES = ("rewards/", "completions/", "sampling/", "tools/", "profiling/")
+
+#: File of a checkpoint that holds the loss's buffers.
+_STATE_FILE = "loss_function.safetensors"
 
 
 class LossFunctionTrainer:
@@ -104,16 +114,20 @@ class LossFunctionTrainer:
 
     def _set_up_loss(self) -> None:
         """Finish what needs the constructed trainer: device, backbone, metric buffers; announce the loss once."""
-        self._buffers = {"train": MetricBuffer(), "eval": MetricBuffer()}
+        device = self.accelerator.device
+        self._buffers = {"train": MetricBuffer(device), "eval": MetricBuffer(device)}
         self._nonfinite: dict[str, Tensor] = {}
         self._backbone_module: nn.Module | None = None
         if self.loss_function is None:
             return
-        self.loss_function.to(self.accelerator.device)
+        check_parallelism(self.accelerator.parallelism_config)  # a launcher may set it too
+        self.loss_function.to(device)
         if "pooled_hidden" in self.loss_function.requires:
             self._backbone()
         if self.accelerator.is_main_process:
             logger.info("Loss function:\n%s", describe(self.loss_function))
+            for message in surprises(self.loss_function, self.args):
+                logger.warning(message)
 
     def _backbone(self) -> nn.Module | None:
         """The module that yields the last hidden state, if the loss needs it."""
@@ -140,8 +154,11 @@ class LossFunctionTrainer:
             self._metrics[mode][name] = [value]
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        if self.loss_function is not None and self.control.should_log:
-            self._flush_metrics("train")
+        if self.loss_function is not None:
+            if self.control.should_log:
+                self._flush_metrics("train")
+            else:
+                self._buffers["train"].compact(self.accelerator.gather)
         return super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -151,8 +168,8 @@ class LossFunctionTrainer:
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        # Someone may call `log` on one rank alone, where a collective would wait for ever; only the calls that the
-        # Trainer makes on every rank reduce.
+        # Someone may call `log` on one rank alone, where a collective would wait for ever. So on several ranks only the
+        # calls that the Trainer makes on all of them reduce, and a callback's own call carries no buffered metrics.
         if self.loss_function is not None and (self.accelerator.num_processes == 1 or "train_runtime" in logs):
             self._flush_metrics("train" if self.model.training else "eval")
         super().log(logs, *args, **kwargs)
@@ -160,9 +177,31 @@ class LossFunctionTrainer:
     def _named(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """The loss's metrics; one that would replace a metric of the trainer is logged as `<loss>/<metric>`."""
         return {
-            f"{self.loss_function.name}/{name}" if name in _TRAINER_METRICS else name: value
+            f"{self.loss_function.name}/{name}"
+            if name in _TRAINER_METRICS or name.startswith(_TRAINER_PREFIXES)
+            else name: value
             for name, value in metrics.items()
         }
+
+    # State
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)
+        state = {} if self.loss_function is None else self.loss_function.state_dict()
+        if state and self.args.should_save:
+            folder = Path(self._get_output_dir(trial=None)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            written = folder / f".{_STATE_FILE}"
+            save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, written)
+            written.replace(folder / _STATE_FILE)  # so that a half-written file is never read
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.loss_function is None or not self.loss_function.state_dict():
+            return
+        file = Path(checkpoint) / _STATE_FILE
+        if not file.exists():
+            raise FileNotFoundError(f"the loss '{self.loss_function.name}' has state, but the checkpoint lacks {file}")
+        self.loss_function.load_state_dict(load_file(file, device=str(self.accelerator.device)))
 
     # NaN and infinity
 
@@ -183,7 +222,8 @@ class LossFunctionTrainer:
         }
         watched |= parts
         # A sum is not finite if any of its terms is not.
-        flags = ~torch.isfinite(torch.stack([tensor.detach().float().sum() for tensor in watched.values()]))
+        sums = [tensor.detach().float().sum().to(loss.device) for tensor in watched.values()]
+        flags = ~torch.isfinite(torch.stack(sums))
         names = "\n".join(watched)
         seen = self._nonfinite.get(names)
         self._nonfinite[names] = flags if seen is None else seen | flags
@@ -196,14 +236,14 @@ class LossFunctionTrainer:
                 raise NonFiniteLossError(
                     f"the loss '{self.loss_function.name}' is not finite at step {self.state.global_step + 1} (rank "
                     f"{self.accelerator.process_index}). Not finite: {', '.join(found)}. The model was not updated. To "
-                    "continue in spite of it, set `stop_on_nonfinite_loss=False`."
+                    f"continue in spite of it, set `stop_on_nonfinite_loss=False` in a {self._default_config.__name__}."
                 )
         self._nonfinite = {}
 
     def _abandon_step(self) -> None:
         """Forget the optimizer step under way, so that training can be started again."""
         self._nonfinite = {}
-        self._buffers["train"] = MetricBuffer()
+        self._buffers["train"] = MetricBuffer(self.accelerator.device)
 
 
 def check_columns(loss: Loss, dataset: Any, which: str) -> None:
@@ -227,14 +267,9 @@ def check_columns(loss: Loss, dataset: Any, which: str) -> None:
 
 def column_values(examples: list[Mapping[str, Any]], column: str) -> Tensor | list[Any]:
     """One column of a list of examples: a tensor if its values are numbers, else the list."""
-    try:
-        values = [example[column] for example in examples]
-    except KeyError as error:
-        raise KeyError(
-            f"an example lacks the column '{column}' that the loss needs; it has {sorted(examples[0])}"
-        ) from error
+    values = [example.get(column) for example in examples]
     if any(value is None for value in values):
-        raise ValueError(f"the column '{column}' that the loss needs has an empty value")
+        raise ValueError(f"the column '{column}' that the loss needs is missing or empty in an example")
     if all(isinstance(value, (bool, int, float)) for value in values):
         return torch.tensor(values, dtype=torch.float32 if any(isinstance(v, float) for v in values) else None)
     return values
@@ -243,11 +278,43 @@ def column_values(examples: list[Mapping[str, Any]], column: str) -> Tensor | li
 def describe(loss: Loss) -> str:
     """The loss and its components with every resolved hyperparameter and where it came from, one a line."""
     lines = []
-    for leaf in loss.leaves():
+    for name, leaf in named_leaves(loss):
         values = ", ".join(f"{name}={value!r} ({leaf.origins[name]})" for name, value in leaf.hyperparameters().items())
-        lines.append(f"  {leaf.name}: {values or 'no hyperparameters'}")
+        label = leaf.name if name in ("", leaf.name) else f"{name} ({leaf.name})"
+        lines.append(f"  {label}: {values or 'no hyperparameters'}")
     head = f"  {loss.name}: {loss.extra_repr()}\n" if loss.composite else ""
     return head + "\n".join(lines)
+
+
+def named_leaves(loss: Loss, name: str = "") -> list[tuple[str, Loss]]:
+    """The losses of a tree with the names of the components they are, "outer/inner"."""
+    if not hasattr(loss, "components"):
+        return [(name, loss)]
+    return [
+        leaf
+        for component, child in loss.components()
+        for leaf in named_leaves(child, f"{name}/{component}" if name else component)
+    ]
+
+
+def surprises(loss: Loss, config: Any) -> list[str]:
+    """What a user may not expect of how hyperparameters were resolved."""
+    messages = []
+    for _, leaf in named_leaves(loss):
+        for name, value in leaf.hyperparameters().items():
+            origin = leaf.origins[name]
+            if "not the loss's own" in origin:
+                messages.append(
+                    f"loss '{leaf.name}': {name}={value!r} is {origin}. Give `{name}` in `loss_function` to choose."
+                )
+            elif origin == GIVEN_OBJECT and hasattr(config, name) and is_set(config, name):
+                wanted = getattr(config, name)
+                if wanted != value:
+                    messages.append(
+                        f"loss '{leaf.name}': the given object has {name}={value!r}; the config's {name}={wanted!r} "
+                        "does not act on it."
+                    )
+    return messages
 
 
 class _FallbackHandler(logging.StreamHandler):

@@ -81,8 +81,15 @@ def build_loss(loss_function: Any, config: DPOConfig | GRPOConfig) -> Loss:
     """
     family = family_of(config)
     _check_no_stock_objective(config)
-    context = BuildContext(family=family, defaults=_objective_fields(config), defaults_from=type(config).__name__)
+    fields = _objective_fields(config)
+    context = BuildContext(
+        family=family,
+        defaults=fields,
+        defaults_from=type(config).__name__,
+        untouched=frozenset(name for name in fields if not is_set(config, name)),
+    )
     loss = LossFunctionRegistry.build(parse_loss_function(loss_function), context=context)
+    check_parallelism(config.parallelism_config)
     (_check_dpo_options if family == "preference" else _check_grpo_options)(loss, config)
     return loss
 
@@ -103,14 +110,22 @@ def _objective_fields(config: Any) -> Mapping[str, Any]:
     }
 
 
+def is_set(config: Any, name: str) -> bool:
+    """Whether a field differs from the default of its config class."""
+    return getattr(config, name) != _default(type(config), name)
+
+
+def _default(config_class: type, name: str) -> Any:
+    declared = config_class.__dataclass_fields__[name]
+    return declared.default if declared.default_factory is dataclasses.MISSING else declared.default_factory()
+
+
 def _check_no_stock_objective(config: Any) -> None:
     trl_class = DPOConfig if family_of(config) == "preference" else GRPOConfig
     for name in _STOCK_OBJECTIVE:
         if name not in trl_class.__dataclass_fields__:
             continue
-        declared = trl_class.__dataclass_fields__[name]
-        default = declared.default_factory() if declared.default is dataclasses.MISSING else declared.default
-        found = getattr(config, name)
+        found, default = getattr(config, name), _default(trl_class, name)
         if found != default:
             raise LossConfigError(
                 f"`loss_function` and `{name}={found!r}` both choose the objective: leave `{name}` at its default "
@@ -137,7 +152,6 @@ def _check_dpo_options(loss: Loss, config: Any) -> None:
                 f"the loss '{leaf.name}' needs per-token reference log-probabilities, but "
                 "`precompute_ref_log_probs=True` keeps only their sums; set it to False"
             )
-    _check_not_sequence_parallel(config)
 
 
 def _check_grpo_options(loss: Loss, config: Any) -> None:
@@ -151,8 +165,8 @@ def _check_grpo_options(loss: Loss, config: Any) -> None:
             )
 
 
-def _check_not_sequence_parallel(config: Any) -> None:
-    parallelism = config.parallelism_config
+def check_parallelism(parallelism: Any) -> None:
+    """Refuse context and sequence parallelism, from the config or from the launcher."""
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
         raise LossConfigError(
             "`loss_function` needs whole sequences on a rank, but `parallelism_config` splits them (cp_size or "

@@ -41,7 +41,7 @@ class CustomDPOTrainer(LossFunctionTrainer, DPOTrainer):
         # Counts of the optimizer step under way, and how many of its micro-batches are still to come.
         self._window: Denominators | None = None
         self._window_left = 0
-        self._local_tokens: Tensor | float = 0.0
+        self._local_tokens: Tensor | int = 0  # an int, so that the sum stays exact
         if self._columns:
             self.data_collator = ColumnCollator(self.data_collator, self._columns)
 
@@ -69,7 +69,7 @@ class CustomDPOTrainer(LossFunctionTrainer, DPOTrainer):
         tokens = torch.stack([torch.stack((mask.sum(), mask[: mask.size(0) // 2].sum())) for mask in masks]).sum(0)
         counts = torch.cat((tokens.new_tensor([pairs]), tokens)).to(self.accelerator.device, torch.float32)
         # The Trainer divides by the number of micro-batches, and ranks are averaged: undo both here.
-        counts = self.accelerator.reduce(counts, "sum") / (len(masks) * self.accelerator.num_processes)
+        counts = self.accelerator.reduce(counts, "sum").clamp(min=1) / (len(masks) * self.accelerator.num_processes)
         return Denominators(sequences=counts[0], tokens=counts[1], chosen_tokens=counts[2])
 
     def compute_loss(
@@ -93,7 +93,7 @@ class CustomDPOTrainer(LossFunctionTrainer, DPOTrainer):
             raise
 
     def _registry_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        loss_function = self.loss_function
+        loss_function = self.loss_function.train(self.model.training)
         columns = self._take_columns(inputs)
         forward = PolicyForward(
             model,
@@ -213,14 +213,14 @@ class CustomDPOTrainer(LossFunctionTrainer, DPOTrainer):
 
     def _abandon_step(self) -> None:
         super()._abandon_step()
-        self._window_left, self._local_tokens = 0, 0.0
+        self._window_left, self._local_tokens = 0, 0
 
     def _flush_metrics(self, mode: str) -> None:
         if self._buffers[mode]:
             # As a metric that every rank reports once, the token count shares the metrics' collective.
             tokens = torch.as_tensor(self._local_tokens, device=self.accelerator.device)
             self._buffers[mode].add({"num_tokens": (tokens, 1.0, "log", "mean")})
-            self._local_tokens = 0.0
+            self._local_tokens = 0
         super()._flush_metrics(mode)
 
     def _store_metrics(self, mode: str, reduced: Mapping[str, float]) -> None:

@@ -20,6 +20,8 @@ from .config import CustomGRPOConfig
 from .forward import PolicyForward
 from .metric_buffer import summarise
 
+_TRL_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
+
 _REWARDS, _GROUPS, _PREPARED_PREFIX = "loss_rewards", "loss_group_ids", "loss_prepared:"
 
 # What TRL's per-token forward takes besides ids, mask and lengths: image tensors and the like.
@@ -55,9 +57,9 @@ class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
         requires = () if self.loss_function is None else self.loss_function.requires
         # At beta = 0 TRL builds no reference at all, but the loss asks for its log-probabilities.
         self._reference_for_loss = config is not None and config.beta == 0 and "ref_per_token_logps" in requires
-        with self._reference_switched_on(config):
+        with self._reference_switched_on(config), self._loss_type_shown(config):
             super().__init__(**arguments)
-        self.beta = self.args.beta
+        self.beta, self.loss_type = self.args.beta, self.args.loss_type
         self._set_up_loss()
 
     @contextmanager
@@ -71,6 +73,19 @@ class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
             yield
         finally:
             target.beta = 0.0
+
+    @contextmanager
+    def _loss_type_shown(self, config: Any) -> Iterator[None]:
+        """Let TRL's constructor see the type that the loss stands for: its checks and warnings depend on it."""
+        if self.loss_function is None:
+            yield
+            return
+        stock, names = config.loss_type, [leaf.name for leaf in self.loss_function.leaves()]
+        config.loss_type = next((name for name in names if name in _TRL_TYPES), "grpo")
+        try:
+            yield
+        finally:
+            config.loss_type = stock
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -154,7 +169,7 @@ class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
         return self._registry_loss(model, dict(inputs))
 
     def _registry_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        loss_function = self.loss_function
+        loss_function = self.loss_function.train(self.model.training)
         mode = "train" if self.model.training else "eval"
         accumulation = self.current_gradient_accumulation_steps if mode == "train" else 1.0
         outputs, aux_loss = self._forward(model, inputs)
@@ -265,7 +280,9 @@ class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
         """TRL's normalisers: the loss divides by the accumulation itself, and ranks are averaged."""
         if "num_items_in_batch" not in inputs:  # a micro-batch made by hand counts as the whole batch
             return Denominators(
-                sequences=mask.size(0) * accumulation, tokens=mask.sum() * accumulation, micro_batches=accumulation
+                sequences=mask.size(0) * accumulation,
+                tokens=mask.sum().clamp(min=1) * accumulation,
+                micro_batches=accumulation,
             )
         # Tokens are counted over the generation batch of all ranks; scale them to one optimizer step.
         tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
@@ -277,8 +294,8 @@ class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
         """Schulman's k3 estimate of KL(policy || reference), (B, T), nats; None at beta = 0."""
         if self.beta == 0:
             return None
-        difference = outputs.ref_per_token_logps - outputs.per_token_logps
-        kl = torch.exp(difference.clamp(max=80.0)) - difference - 1  # exp(88) overflows float32
+        difference = (outputs.ref_per_token_logps - outputs.per_token_logps).clamp(max=80.0)  # exp(88) overflows
+        kl = torch.exp(difference) - difference - 1
         if self.args.use_bias_correction_kl:
             leaves = self.loss_function.leaves()
             levels = [leaf.importance_sampling_level for leaf in leaves if hasattr(leaf, "importance_sampling_level")]

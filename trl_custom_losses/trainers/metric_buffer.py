@@ -1,4 +1,4 @@
-"""Metrics stay on the device and are reduced over ranks in one collective when something logs."""
+"""Metrics stay on the device and are reduced over ranks at once when something logs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from torch import Tensor
 
 from ..types import Metric
 
-# A packed vector is a multiple of this long, so that ranks whose metrics differ slightly still meet in the collective
-# and can say so, instead of failing inside it.
-_BLOCK = 512
+#: Micro-batches that are kept apart before `compact` folds them into running sums.
+_MOST_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -30,33 +29,44 @@ class MetricBuffer:
     A metric averaged per "log" is the total sum over the total count since the last log. One per "micro_batch" is
     the mean over micro-batches of each one's sum over count, both taken over all ranks: the value TRL logs. "min" and
     "max" are taken over all ranks' sequences of a micro-batch and then averaged over micro-batches.
+
+    Args:
+        device: Where the metrics are kept.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._device = torch.device(device)
+        # Token counts outgrow float32, which is all that mps has.
+        self._dtype = torch.float32 if self._device.type == "mps" else torch.float64
         self._rows: list[tuple[tuple[_Key, ...], Tensor]] = []
+        self._totals: dict[str, list[float]] = {}  # name -> sum, count
+        self._means: dict[str, list[float]] = {}  # name -> sum of micro-batches' values, their number
 
     def __bool__(self) -> bool:
-        return bool(self._rows)
+        return bool(self._rows or self._totals or self._means)
 
     def add(self, metrics: Mapping[str, tuple[Tensor, Tensor | float, str, str]]) -> None:
         """Add one micro-batch.
 
         Args:
-            metrics: Name -> (sum or extremum, count, per, reduce), scalars on the device.
+            metrics: Name -> (sum or extremum, count, per, reduce), scalars.
         """
         if not metrics:
             return
         keys = tuple(_Key(name, per, reduce) for name, (_, _, per, reduce) in sorted(metrics.items()))
-        device = next(iter(metrics.values()))[0].device
-        dtype = torch.float32 if device.type == "mps" else torch.float64  # token counts outgrow float32
 
         def scalar(value: Tensor | float) -> Tensor:
             if isinstance(value, Tensor):
-                return value.detach().to(device=device, dtype=dtype).reshape(())
-            return torch.full((), value, device=device, dtype=dtype)
+                return value.detach().to(device=self._device, dtype=self._dtype).reshape(())
+            return torch.full((), value, device=self._device, dtype=self._dtype)
 
         flat = [scalar(part) for key in keys for part in metrics[key.name][:2]]
         self._rows.append((keys, torch.stack(flat)))
+
+    def compact(self, gather: Callable[[Tensor], Tensor]) -> None:
+        """Reduce early if much has been collected, so that a run that never logs does not grow. Every rank calls it."""
+        if len(self._rows) >= _MOST_ROWS:
+            self._merge(gather)
 
     def reduce(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Reduce everything collected, over ranks, and start anew. Every rank must call it.
@@ -67,51 +77,52 @@ class MetricBuffer:
         Raises:
             RuntimeError: The ranks collected different metrics.
         """
-        if not self._rows:
-            return {}
+        self._merge(gather)
+        result = {name: total / count for name, (total, count) in self._totals.items() if count}
+        result |= {name: total / count if count else math.nan for name, (total, count) in self._means.items()}
+        self._totals, self._means = {}, {}
+        return result
+
+    def _merge(self, gather: Callable[[Tensor], Tensor]) -> None:
         rows, self._rows = self._rows, []
-        layout = zlib.crc32(repr([keys for keys, _ in rows]).encode())
+        if not rows:
+            return
+        layouts = [keys for keys, _ in rows]
         values = torch.cat([row for _, row in rows])
-        padded = values.new_zeros(math.ceil((values.numel() + 1) / _BLOCK) * _BLOCK)
-        padded[0] = layout % 2**24  # exact in float32 too
-        padded[1 : values.numel() + 1] = values
-        gathered = gather(padded).reshape(-1, padded.numel()).cpu()  # the one transfer to the host
-        if (gathered[:, 0] != gathered[0, 0]).any():
-            names = sorted({key.name for keys, _ in rows for key in keys})
+        # Ranks first agree on what they will exchange: a collective of unequal sizes would crash or hang.
+        header = values.new_tensor([zlib.crc32(repr(layouts).encode()) % 2**24, values.numel()])
+        headers = gather(header).reshape(-1, 2)
+        if (headers != headers[0]).any():
+            names = sorted({key.name for keys in layouts for key in keys})
             raise RuntimeError(
                 "ranks logged different metrics; a loss must return the same metric names on every rank and "
                 f"micro-batch. This rank: {names}"
             )
-        return _combine([keys for keys, _ in rows], gathered[:, 1 : values.numel() + 1])
+        self._combine(layouts, gather(values).reshape(-1, values.numel()).cpu())
 
-
-def _combine(layouts: list[tuple[_Key, ...]], gathered: Tensor) -> dict[str, float]:
-    """Average what was gathered, (ranks, 2 x metrics of all micro-batches)."""
-    totals: dict[str, list[float]] = {}
-    per_micro_batch: dict[str, list[float]] = {}
-    position = 0
-    for keys in layouts:
-        block = gathered[:, position : position + 2 * len(keys)].reshape(gathered.size(0), len(keys), 2)
-        position += 2 * len(keys)
-        summed = block.sum(0).tolist()
-        lowest, highest = block[..., 0].amin(0).tolist(), block[..., 0].amax(0).tolist()
-        for index, key in enumerate(keys):
-            total, count = summed[index]
-            if key.per == "log":
-                running = totals.setdefault(key.name, [0.0, 0.0])
-                running[0] += total
-                running[1] += count
-                continue
-            if key.reduce == "mean":
-                value = total / count if count else 0.0
-            else:
-                value = lowest[index] if key.reduce == "min" else highest[index]
-            values = per_micro_batch.setdefault(key.name, [])
-            if math.isfinite(value) or key.reduce == "mean":  # an extremum over no sequence is infinite
-                values.append(value)
-    result = {name: total / count for name, (total, count) in totals.items() if count}
-    result |= {name: sum(values) / len(values) if values else math.nan for name, values in per_micro_batch.items()}
-    return result
+    def _combine(self, layouts: list[tuple[_Key, ...]], gathered: Tensor) -> None:
+        """Fold what was gathered, (ranks, 2 x metrics of all micro-batches), into the running sums."""
+        position = 0
+        for keys in layouts:
+            block = gathered[:, position : position + 2 * len(keys)].reshape(gathered.size(0), len(keys), 2)
+            position += 2 * len(keys)
+            summed = block.sum(0).tolist()
+            lowest, highest = block[..., 0].amin(0).tolist(), block[..., 0].amax(0).tolist()
+            for index, key in enumerate(keys):
+                total, count = summed[index]
+                if key.per == "log":
+                    running = self._totals.setdefault(key.name, [0.0, 0.0])
+                    running[0] += total
+                    running[1] += count
+                    continue
+                running = self._means.setdefault(key.name, [0.0, 0])
+                if key.reduce == "mean":
+                    value = total / count if count else 0.0
+                else:
+                    value = lowest[index] if key.reduce == "min" else highest[index]
+                if math.isfinite(value) or key.reduce == "mean":  # an extremum over no sequence is infinite
+                    running[0] += value
+                    running[1] += 1
 
 
 def summarise(

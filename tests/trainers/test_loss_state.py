@@ -1,0 +1,86 @@
+"""Losses with state: it follows the mode, is saved with checkpoints and continues exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests import tiny
+from trl_custom_losses import CustomDPOConfig, CustomDPOTrainer, LossConfigError, PreferenceLoss
+from trl_custom_losses.losses.preference import SigmoidLoss
+
+
+class Averaging(SigmoidLoss):
+    """DPO around a running mean of the margin, kept in a buffer and moved in training only."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, batch, model_outputs):
+        margin = self.margin(model_outputs)
+        if self.training:
+            self.mean.mul_(0.5).add_(0.5 * margin.detach().mean())
+        return -nn.functional.logsigmoid(margin - self.mean), {"running_mean": self.mean.clone()}
+
+
+def trainer(model: Path, arguments: dict, **options) -> CustomDPOTrainer:
+    return CustomDPOTrainer(
+        model=tiny.load_model(model),
+        args=CustomDPOConfig(**{**arguments, "per_device_train_batch_size": 2, "max_steps": 4, **options}),
+        train_dataset=tiny.preference_data(),
+        eval_dataset=tiny.preference_data(4),
+        processing_class=tiny.tokenizer(),
+        loss_function=Averaging(beta=1.0),
+    )
+
+
+def test_a_resumed_run_continues_the_state_bit_for_bit(dense_model, run_arguments):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    whole = trainer(dense_model, run_arguments, **saving)
+    whole.train()
+    folder = Path(run_arguments["output_dir"]) / "checkpoint-2"
+    assert sorted(path.name for path in folder.glob("*loss_function*")) == ["loss_function.safetensors"]
+    resumed = trainer(dense_model, run_arguments, **saving)
+    resumed.train(resume_from_checkpoint=str(folder))
+    assert torch.equal(resumed.loss_function.mean, whole.loss_function.mean)
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_checkpoint_without_the_state_is_an_error(dense_model, run_arguments):
+    trainer(dense_model, run_arguments, save_strategy="steps", save_steps=2).train()
+    folder = Path(run_arguments["output_dir"]) / "checkpoint-2"
+    (folder / "loss_function.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"loss_function\.safetensors"):
+        trainer(dense_model, run_arguments).train(resume_from_checkpoint=str(folder))
+
+
+def test_evaluation_does_not_move_the_state(dense_model, run_arguments):
+    quiet, evaluated = trainer(dense_model, run_arguments), trainer(dense_model, run_arguments, eval_strategy="steps")
+    evaluated.args.eval_steps = 1
+    for run in (quiet, evaluated):
+        run.train()
+    assert any("eval_running_mean" in entry for entry in evaluated.state.log_history)
+    assert torch.equal(quiet.loss_function.mean, evaluated.loss_function.mean)
+
+
+def test_trainable_parameters_are_refused_rather_than_never_trained(dense_model, run_arguments):
+    class Learned(PreferenceLoss):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, batch, model_outputs):
+            return -self.scale * model_outputs.logps, {}
+
+    with pytest.raises(LossConfigError, match=r"trainable parameters \(scale"):
+        CustomDPOTrainer(
+            model="/nonexistent",
+            args=CustomDPOConfig(**run_arguments),
+            train_dataset=tiny.preference_data(),
+            loss_function=Learned(),
+        )
