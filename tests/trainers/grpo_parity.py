@@ -117,6 +117,7 @@ def make_inputs(
     tool_mask: bool = False,
     masked_rows: tuple[int, ...] = (),
     drift: float = 0.4,
+    items: int = 37,
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """A micro-batch as TRL's trainer hands it to the loss, with garbage wherever a mask must act.
@@ -124,11 +125,13 @@ def make_inputs(
     Args:
         lengths: Tokens of each completion.
         advantages: "sequence" for (B,), "token" for (B, T).
-        old: Whether the log-probabilities at generation time are given; they differ from the policy's by `drift`.
+        old: Whether the log-probabilities at generation time are given; they differ from the policy's.
         sampling: Whether the sampler's own are given, one of them NaN.
         ratio: vLLM's ratio, per "token" or per "sequence".
         tool_mask: Whether some tokens come from a tool.
         masked_rows: Completions that are masked as truncated.
+        drift: How far the policy is from the one that generated, nats.
+        items: Tokens of the generation batch.
     """
     generator = torch.Generator().manual_seed(seed)
     vocabulary = len(tiny.tokenizer())
@@ -144,7 +147,7 @@ def make_inputs(
         "prompt_mask": prompt_mask,
         "completion_ids": torch.randint(3, vocabulary, (batch, width), generator=generator) * completion_mask,
         "completion_mask": completion_mask.clone(),
-        "num_items_in_batch": torch.tensor(37),
+        "num_items_in_batch": torch.tensor(items),
     }
     inputs["completion_mask"][list(masked_rows)] = 0
     if advantages == "sequence":

@@ -16,7 +16,7 @@ from trl_custom_losses import ComposedLoss, ModelOutputs, PolicyBatch, PolicyLos
 from trl_custom_losses.trainers import CustomGRPOTrainer
 
 from .. import tiny
-from .grpo_parity import build_custom, numbered_prompts, rollout
+from .grpo_parity import build_custom, numbered_prompts, rollout, tool_rollout
 
 # Generation batches of 8 completions, shuffled and split into 4 micro-batches, each used twice.
 SPLIT = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 4}
@@ -186,6 +186,21 @@ def test_prepared_tensors_stay_with_their_sequences(dense_model: Path, run_argum
         own = loss.rollouts[int(batch["call"][0]) - 1]
         for group, mean in zip(batch.group_ids, batch["group_mean"], strict=True):
             torch.testing.assert_close(mean, own.rewards[own.group_ids == group, 0].mean())
+
+
+def test_the_rollouts_mask_leaves_out_tokens_of_tools_and_truncated_completions(
+    dense_model: Path, run_arguments: dict
+) -> None:
+    loss = Preparer()
+    options = {"trainer": {"rollout_func": tool_rollout}, "mask_truncated_completions": True, "max_steps": 2}
+    build(dense_model, run_arguments, loss, **options).train()
+    tokens = tiny.tokenizer()
+    ids, mask = loss.rollouts[0].completion_ids, loss.rollouts[0].mask
+    ended = (ids == tokens.eos_token_id).any(1, keepdim=True)
+    assert ended.any()
+    assert not ended.all()
+    own = torch.arange(ids.size(1)) % 3 != 1
+    assert torch.equal(mask, ((ids != tokens.pad_token_id) & own & ended).long())
 
 
 def test_prepared_advantages_replace_the_trainers(dense_model: Path, run_arguments: dict) -> None:

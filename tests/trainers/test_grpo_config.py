@@ -222,3 +222,5 @@ def test_trl_arguments_may_be_given_by_position(dense_model: Path, run_arguments
     trainer = CustomGRPOTrainer(str(dense_model), tiny.count_reward, config, tiny.prompt_data())
     assert trainer.loss_function.name == "dapo"
     assert trainer.args is config
+    stock = GRPOConfig(**run_arguments, per_device_train_batch_size=8)
+    assert trainer.args.loss_type == trainer.loss_type == stock.loss_type

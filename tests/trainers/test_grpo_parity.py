@@ -105,7 +105,7 @@ OPTIONS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("off-policy", "grpo", {"off_policy_mask_threshold": 0.05}, {}),
     ("off-policy-sampler", "dapo", {"off_policy_mask_threshold": 0.05, "beta": 0.2}, {"sampling": True}),
     ("off-policy-token", "bnpo", {"off_policy_mask_threshold": 0.05}, {"advantages": "token", "sampling": True}),
-    ("off-policy-zero", "grpo", {"off_policy_mask_threshold": 0.05}, {"lengths": (7, 3, 5, 1, 4)}),
+    ("off-policy-tool", "luspo", {"off_policy_mask_threshold": 0.05}, {"tool_mask": True, "sampling": True}),
     ("zero-advantage", "vespo", {}, {"lengths": (7, 3, 5, 1, 4), "drift": 0.1}),
     ("high-entropy", "grpo", {"top_entropy_quantile": 0.4, "beta": 0.2}, {}),
     ("high-entropy-sequence", "luspo", {"top_entropy_quantile": 0.4, "importance_sampling_level": "sequence"}, {}),
@@ -143,6 +143,8 @@ OPTIONS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ),
     ("dr-length", "dr_grpo", {"max_completion_length": 19}, {}),
     ("one-token", "grpo", {"beta": 0.2}, {"lengths": (1, 1, 1, 1)}),
+    ("denominator-below-one", "dapo", {"beta": 0.2}, {"lengths": (1,), "items": 1}),
+    ("denominator-of-nothing", "vespo", {"beta": 0.2}, {"masked_rows": (0, 1, 2, 3), "items": 0}),
 ]
 
 
