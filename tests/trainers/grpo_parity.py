@@ -162,7 +162,7 @@ def make_inputs(
     if tool_mask:
         inputs["tool_mask"] = torch.ones(batch, width, dtype=torch.long)
         inputs["tool_mask"][0, 2:5] = inputs["tool_mask"][1, 1] = inputs["tool_mask"][2, 0] = 0
-        garbage = garbage + 4 * (1 - inputs["tool_mask"])
+        garbage = garbage + 9 * (1 - inputs["tool_mask"])
     if old:
         inputs["old_per_token_logps"] = logps + rows + noise(batch, width, scale=drift) + garbage
     inputs["ref_per_token_logps"] = logps + noise(batch, width, scale=0.3) + garbage

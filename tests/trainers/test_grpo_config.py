@@ -218,9 +218,9 @@ def test_the_loss_is_chosen_in_yaml(tmp_path: Path) -> None:
 
 
 def test_trl_arguments_may_be_given_by_position(dense_model: Path, run_arguments: dict) -> None:
-    config = CustomGRPOConfig(**run_arguments, loss_function="dapo", per_device_train_batch_size=8)
+    config = CustomGRPOConfig(**run_arguments, loss_function="cispo", per_device_train_batch_size=8)
     trainer = CustomGRPOTrainer(str(dense_model), tiny.count_reward, config, tiny.prompt_data())
-    assert trainer.loss_function.name == "dapo"
+    assert trainer.loss_function.name == "cispo"
     assert trainer.args is config
     stock = GRPOConfig(**run_arguments, per_device_train_batch_size=8)
     assert trainer.args.loss_type == trainer.loss_type == stock.loss_type

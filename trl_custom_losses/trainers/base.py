@@ -137,6 +137,11 @@ class LossFunctionTrainer:
             self._backbone_module = find_backbone(self.accelerator.unwrap_model(self.model))
         return self._backbone_module
 
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        missing = [column for column in self._columns if column not in self._signature_columns]
+        self._signature_columns = [*self._signature_columns, *missing]
+
     def _take_columns(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Remove the loss's columns from the inputs, so that the model never sees them, and return them."""
         return {name: inputs.pop(COLUMN_PREFIX + name) for name in self._columns if COLUMN_PREFIX + name in inputs}

@@ -45,11 +45,6 @@ class CustomDPOTrainer(LossFunctionTrainer, DPOTrainer):
         if self._columns:
             self.data_collator = ColumnCollator(self.data_collator, self._columns)
 
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        missing = [column for column in self._columns if column not in self._signature_columns]
-        self._signature_columns = [*self._signature_columns, *missing]
-
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         return super().compute_ref_log_probs(
             model, {name: value for name, value in inputs.items() if not name.startswith(COLUMN_PREFIX)}

@@ -87,11 +87,6 @@ class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
         finally:
             config.loss_type = stock
 
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        missing = [column for column in self._columns if column not in self._signature_columns]
-        self._signature_columns = [*self._signature_columns, *missing]
-
     # Rollouts
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
