@@ -296,3 +296,10 @@ def test_prepares_if_a_component_does() -> None:
     assert _composed({"type": "grpo"}, {"type": "preparing"}).prepares
     assert not _composed({"type": "grpo"}).prepares and not _composed({"type": "sft"}).prepares
     assert _composed({"type": "grpo"}).prepare(Rollout.__new__(Rollout)) == {}
+
+
+def test_names_are_checked_however_a_composition_is_made() -> None:
+    losses = [LossFunctionRegistry.build(name) for name in ("sigmoid", "sft")]
+    for names, message in [(("a", "a"), "share the name 'a'"), (("total", "a"), "the metric 'total_loss'")]:
+        with pytest.raises(LossConfigError, match=message):
+            ComposedLoss(components=[(name, 1.0, loss) for name, loss in zip(names, losses, strict=True)])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .base import Loss, Metrics
 from .errors import LossConfigError
 from .hyperparameters import check_type
-from .reductions import reduce_loss
+from .reductions import evaluate, reduce_loss
 from .registry import BuildContext, LossFunctionRegistry
 from .types import ModelOutputs, PolicyBatch, PreferenceBatch, Rollout, TokenReduction
 
@@ -42,6 +42,14 @@ class ComposedLoss(Loss):
     def __init__(self, *, components: list) -> None:
         super().__init__()
         names, weights, losses = zip(*components, strict=True)
+        repeated = [name for name, count in Counter(names).items() if count > 1]
+        if repeated:
+            raise LossConfigError(f"components share the name {repeated[0]!r}: give each its own 'name'")
+        taken = [name for name in names if name in _TAKEN_NAMES]
+        if taken:
+            raise LossConfigError(
+                f"the metric '{taken[0]}_loss' is the trainer's; choose another component name than {taken[0]!r}"
+            )
         for name, loss in zip(names, losses, strict=True):
             loss.name = loss.name or name
         # Not a ModuleDict, which refuses names such as "type" or "train".
@@ -91,7 +99,7 @@ class ComposedLoss(Loss):
         reported: dict[str, Metrics] = {}
         for name, loss in self.components():
             scoped = batch.scoped(name)
-            raw, reported[name] = loss(scoped, model_outputs)
+            raw, reported[name] = evaluate(loss, scoped, model_outputs)
             contributions[name] = reduce_loss(loss, raw, scoped)
         total = sum(self.weights[name] * contribution for name, contribution in contributions.items())
         # A micro-batch's contribution times their number averages to the loss itself.
@@ -123,10 +131,6 @@ def build_components(components: Sequence[Mapping[str, Any]], context: BuildCont
         weight = settings.pop("weight", 1.0)
         if not isinstance(name, str) or not name or "." in name:
             raise LossConfigError(f"{where}: 'name' must be text without dots, found {name!r}")
-        if name in _TAKEN_NAMES:
-            raise LossConfigError(
-                f"{where}: the metric '{name}_loss' is the trainer's; choose another 'name' than {name!r}"
-            )
         weight = check_type(weight, float, f"{where} ('{name}'), 'weight'")
         for key in ("name", "weight"):
             if key in LossFunctionRegistry.get(settings["type"]).declared_hyperparameters():
@@ -136,9 +140,6 @@ def build_components(components: Sequence[Mapping[str, Any]], context: BuildCont
                 )
         loss = LossFunctionRegistry.build(settings, context=context)
         built.append((name, weight, loss))
-    repeated = [name for name, count in Counter(name for name, _, _ in built).items() if count > 1]
-    if repeated:
-        raise LossConfigError(f"components share the name {repeated[0]!r}: give each its own 'name'")
     families = sorted({str(loss.family) for _, _, loss in built})
     if len(families) > 1:
         raise LossConfigError(f"components are of one family, found {' and '.join(families)}")

@@ -14,16 +14,16 @@ micro-batch mean.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from .types import PolicyBatch, PreferenceBatch, TokenReduction, masked_sum
+from .types import ModelOutputs, PolicyBatch, PreferenceBatch, TokenReduction, masked_sum
 
 if TYPE_CHECKING:
-    from .base import Loss
+    from .base import Loss, Metrics
 
 
 def _sequence_mean(values, mask, sequences, tokens, denominators) -> Tensor:
@@ -66,6 +66,21 @@ REDUCTIONS: dict[str, TokenReduction] = {
 }
 
 
+def evaluate(loss: Loss, batch: PreferenceBatch | PolicyBatch, outputs: ModelOutputs) -> tuple[Tensor, Metrics]:
+    """Call a loss and check that it returned a tensor and a dict of metrics."""
+    result = loss(batch, outputs)
+    found = tuple(map(type, result)) if isinstance(result, tuple) else ()
+    if len(found) == 2 and issubclass(found[0], Tensor) and issubclass(found[1], Mapping):
+        return result
+    raise TypeError(f"loss '{loss.name}' must return a tensor and a dict of metrics, found {_shape_of(result)}")
+
+
+def _shape_of(result: object) -> str:
+    if isinstance(result, tuple):
+        return f"({', '.join(type(part).__name__ for part in result)})"
+    return type(result).__name__
+
+
 def reduce_values(values: Tensor, batch: PreferenceBatch | PolicyBatch, reduction: str | TokenReduction) -> Tensor:
     """Reduce an unreduced tensor with global denominators, without the batch's modifiers.
 
@@ -101,7 +116,7 @@ def reduce_loss(loss: Loss, raw: Tensor, batch: PreferenceBatch | PolicyBatch) -
     Returns:
         The micro-batch's contribution to the optimizer step's loss, a scalar.
     """
-    if not isinstance(raw, torch.Tensor):
+    if not isinstance(raw, Tensor):
         raise TypeError(f"loss '{loss.name}' must return a tensor and a dict of metrics, found {type(raw).__name__}")
     if loss.composite:
         return raw  # its components were modified and reduced one by one

@@ -119,7 +119,7 @@ def test_a_surrogate_of_one_value_a_sequence_under_masks_per_token_is_reported(
 ) -> None:
     loss: Any = PerSequence()
     if nested:
-        loss = ComposedLoss(components=[("policy", 1.0, loss), ("aux", 1.0, Likelihood())])
+        loss = ComposedLoss(components=[("main", 1.0, loss), ("likelihood", 1.0, Likelihood())])
     threshold = 0.02 if "sampling" in options else None
     trainer = build_custom(dense_model, run_arguments, loss_function=loss, off_policy_mask_threshold=threshold)
     inputs = make_inputs(trainer, **options)
@@ -171,10 +171,10 @@ def test_a_composition_of_one_loss_is_that_loss(dense_model: Path, run_arguments
 
 
 def test_a_nested_composition_is_the_flat_one(dense_model: Path, run_arguments: dict) -> None:
-    inner = ComposedLoss(components=[("policy", 0.5, GRPOLoss()), ("aux", 0.1, Likelihood())])
+    inner = ComposedLoss(components=[("main", 0.5, GRPOLoss()), ("likelihood", 0.1, Likelihood())])
     losses = [
         ComposedLoss(components=[("both", 2.0, inner)]),
-        ComposedLoss(components=[("policy", 1.0, GRPOLoss()), ("aux", 0.2, Likelihood())]),
+        ComposedLoss(components=[("main", 1.0, GRPOLoss()), ("likelihood", 0.2, Likelihood())]),
     ]
     results = []
     for loss in losses:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from trl import DPOTrainer
 
-from ..reductions import reduce_loss
+from ..reductions import evaluate, reduce_loss
 from ..types import Denominators, ModelOutputs, PreferenceBatch, masked_sum
 from .base import COLUMN_PREFIX, LossFunctionTrainer, column_values
 from .config import CustomDPOConfig
@@ -125,7 +125,7 @@ class CustomDPOTrainer(LossFunctionTrainer, DPOTrainer):
             pair_weights=self._pair_weights(output, outputs),
             denominators=self._denominators(),
         )
-        raw, metrics = loss_function(batch, outputs)
+        raw, metrics = evaluate(loss_function, batch, outputs)
         loss = reduce_loss(loss_function, raw, batch)
         watched = {"per_token_logps": outputs.per_token_logps, "ref_logps": outputs.ref_logps}
         if self.aux_loss_enabled:

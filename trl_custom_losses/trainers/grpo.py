@@ -13,7 +13,7 @@ from trl import GRPOTrainer
 from trl.extras.profiling import profiling_decorator
 
 from ..losses.policy.importance import log_importance_weights
-from ..reductions import reduce_loss, reduce_values
+from ..reductions import evaluate, reduce_loss, reduce_values
 from ..types import Denominators, ModelOutputs, PolicyBatch, Rollout
 from .base import COLUMN_PREFIX, LossFunctionTrainer, column_values
 from .config import CustomGRPOConfig
@@ -86,6 +86,11 @@ class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
             yield
         finally:
             config.loss_type = stock
+
+    def _abandon_step(self) -> None:
+        # Completions of the abandoned step were sampled by older weights and must not be taken for on-policy ones.
+        super()._abandon_step()
+        self._step, self._buffered_inputs, self._entropy_window_stats = 0, None, None
 
     # Rollouts
 
@@ -170,7 +175,7 @@ class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
         outputs, aux_loss = self._forward(model, inputs)
         batch = self._batch(inputs, outputs, accumulation)
 
-        raw, metrics = loss_function(batch, outputs)
+        raw, metrics = evaluate(loss_function, batch, outputs)
         loss = reduce_loss(loss_function, raw, batch)
         kl = self._per_token_kl(outputs)
         if kl is not None:
