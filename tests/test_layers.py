@@ -22,6 +22,7 @@ _ROOMS = [
     "reductions",
     "hyperparameters",
     "base",
+    "adapters",
     "registry",
     "losses",
     "composition",

@@ -11,23 +11,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from .base import FunctionLoss, Loss, LossFunction, ObjectLoss, annotated_family
+from .adapters import as_loss_class, check_facts, declared_facts, import_loss
+from .base import Loss, LossFunction, ObjectLoss
 from .errors import LossConfigError, UnknownLossError
-from .hyperparameters import hyperparameters_of, resolve, suggestion
-from .reductions import REDUCTIONS
+from .hyperparameters import resolve, suggestion
 from .types import REQUIREMENTS, Family
 
 ENTRY_POINT_GROUP = "trl_custom_losses.losses"
 
 #: Origin of the hyperparameters of a loss that was handed over as an object.
 GIVEN_OBJECT = "the given object"
-
-_CHOICES = {
-    "pair_weighting": ("pair", "mean"),
-    "f_divergence": ("hyperparameter", "independent", "unsupported"),
-}
-
-_IMPORT_PATH = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
 
 
 @dataclass(frozen=True)
@@ -77,7 +70,7 @@ class LossFunctionRegistry:
                     f"a loss named '{name}' is already registered ({_where(cls._functions[name])}); choose another "
                     f"name for {_where(loss)}"
                 )
-            cls._functions[name] = _as_loss_class(loss, facts, name)
+            cls._functions[name] = as_loss_class(loss, facts, name)
             return loss
 
         return decorator
@@ -126,7 +119,7 @@ class LossFunctionRegistry:
             loss = cls._from_config(config, context)
         else:
             loss = _from_object(config, context)
-        _check_facts(loss)
+        check_facts(loss)
         if context.family is not None and loss.family != context.family:
             raise _wrong_family(loss.name, loss.family, context.family)
         return loss
@@ -168,8 +161,8 @@ class LossFunctionRegistry:
         if name in cls._functions:
             return cls._functions[name]
         if ":" in str(name):
-            loss = _import(name)
-            return _registered_class(loss) or _as_loss_class(loss, {}, name, family=family)
+            loss = import_loss(name)
+            return _registered_class(loss) or as_loss_class(loss, {}, name, family=family)
         raise UnknownLossError(
             f"there is no loss named {name!r}{suggestion(str(name), cls._functions)}. Registered: "
             f"{', '.join(cls.names(family))}. A loss of your own is named by its import path, 'package.module:Loss'."
@@ -195,58 +188,6 @@ class LossFunctionRegistry:
                 )
 
 
-def _import(path: str) -> Any:
-    if not _IMPORT_PATH.match(path):
-        raise LossConfigError(f"an import path looks like 'package.module:Loss', found {path!r}")
-    module_name, attribute = path.split(":")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's module raises while it is imported
-        raise LossConfigError(
-            f"could not import '{module_name}' for the loss {path!r}: {type(error).__name__}: {error}"
-        ) from error
-    found: Any = module
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            names = [name for name in vars(module) if not name.startswith("_")]
-            raise LossConfigError(
-                f"module '{module_name}' has no '{attribute}'{suggestion(part, names)} for the loss {path!r}"
-            )
-        found = getattr(found, part)
-    return found
-
-
-def _as_loss_class(loss: Any, facts: Mapping[str, Any], name: str, family: Family | None = None) -> type[Loss]:
-    """The class that `build` instantiates for a loss class, a function or any class with `__call__`."""
-    facts = dict(facts)
-    unknown = [fact for fact in facts if fact not in vars(Loss).get("__annotations__", {})]
-    if unknown:
-        raise LossConfigError(f"loss '{name}': unknown facts {unknown}; a loss may declare the attributes of `Loss`")
-    if loss in (Loss, FunctionLoss, ObjectLoss):
-        raise LossConfigError(f"loss '{name}': {loss.__name__} is a base class, not a loss")
-    if inspect.isclass(loss) and issubclass(loss, Loss):
-        if facts:
-            raise LossConfigError(f"loss '{name}': declare {sorted(facts)} as class attributes of {loss.__name__}")
-        return loss
-    if inspect.isclass(loss) and any("__call__" in vars(base) for base in loss.__mro__):
-        facts = {**{fact: getattr(loss, fact) for fact in _facts() if hasattr(loss, fact)}, **facts}
-        facts.setdefault("family", family)
-        return ObjectLoss.wrap(loss, facts)
-    if callable(loss) and not inspect.isclass(loss):
-        facts.setdefault("family", annotated_family(loss) or getattr(loss, "family", None) or family)
-        if facts["family"] is None:
-            raise LossConfigError(
-                f"loss '{name}': say which family the function belongs to, `register('{name}', family='preference')` "
-                "or 'policy', or annotate its first argument as PreferenceBatch or PolicyBatch"
-            )
-        # Hyperparameters become attributes of the loss object.
-        taken = [hyperparameter for hyperparameter in hyperparameters_of(loss) if hasattr(FunctionLoss, hyperparameter)]
-        if taken:
-            raise LossConfigError(f"loss '{name}': a hyperparameter cannot be called {taken[0]!r}; rename it")
-        return FunctionLoss.wrap(loss, facts)
-    raise LossConfigError(f"loss '{name}' must be a class or a function `f(batch, outputs, *, ...)`, found {loss!r}")
-
-
 def _from_object(loss: Any, context: BuildContext) -> Loss:
     """A loss object or a plain function handed over in place of a configuration."""
     if isinstance(loss, Loss):
@@ -257,7 +198,7 @@ def _from_object(loss: Any, context: BuildContext) -> Loss:
     if inspect.isclass(loss):
         raise LossConfigError(f"expected a loss object, found the class {loss.__name__}: write `{loss.__name__}(...)`")
     if inspect.isfunction(loss):
-        loss_class = _registered_class(loss) or _as_loss_class(loss, {}, loss.__name__, context.family)
+        loss_class = _registered_class(loss) or as_loss_class(loss, {}, loss.__name__, context.family)
         declared = loss_class.declared_hyperparameters()
         values, origins = resolve(
             loss.__name__, declared, {}, context.defaults, context.defaults_from, context.untouched
@@ -266,7 +207,7 @@ def _from_object(loss: Any, context: BuildContext) -> Loss:
         built.name, built.origins = loss.__name__, origins
         return built
     if callable(loss):
-        facts = {fact: getattr(loss, fact) for fact in _facts() if hasattr(loss, fact)}
+        facts = {fact: getattr(loss, fact) for fact in declared_facts() if hasattr(loss, fact)}
         facts.setdefault("family", context.family)
         built = ObjectLoss.wrap(type(loss), facts).hold(loss)
         built.name = type(loss).__name__
@@ -275,39 +216,6 @@ def _from_object(loss: Any, context: BuildContext) -> Loss:
         f"`loss_function` is a name, a dict with 'type', a loss object or a function, found {loss!r} "
         f"({type(loss).__name__})"
     )
-
-
-def _facts() -> list[str]:
-    return [fact for fact in vars(Loss)["__annotations__"] if fact not in ("name", "origins")]
-
-
-def _check_facts(loss: Loss) -> None:
-    """Reject what a loss declares about itself and the framework does not know."""
-    if loss.family not in REQUIREMENTS:
-        raise LossConfigError(f"loss '{loss.name}': `family` must be 'preference' or 'policy', found {loss.family!r}")
-    if loss.family == "preference" and hasattr(loss, "prepare") and not loss.composite:
-        raise LossConfigError(f"loss '{loss.name}' defines `prepare`, which only policy losses have")
-    known = REQUIREMENTS[loss.family]
-    for fact in ("requires", "columns"):
-        names = getattr(loss, fact)
-        if not isinstance(names, (set, frozenset, tuple, list)) or not all(isinstance(name, str) for name in names):
-            raise LossConfigError(f"loss '{loss.name}': `{fact}` is a collection of names, found {names!r}")
-    for name in loss.requires:
-        if name not in known:
-            raise LossConfigError(
-                f"loss '{loss.name}' requires '{name}', which a {loss.family} trainer cannot compute"
-                f"{suggestion(name, known)}; it can compute {', '.join(sorted(known))}"
-            )
-    for fact, choices in _CHOICES.items():
-        if getattr(loss, fact) not in choices:
-            raise LossConfigError(
-                f"loss '{loss.name}': `{fact}` is one of {', '.join(choices)}; found {getattr(loss, fact)!r}"
-            )
-    if not callable(loss.reduction) and loss.reduction not in REDUCTIONS:
-        raise LossConfigError(
-            f"loss '{loss.name}': unknown reduction {loss.reduction!r}{suggestion(str(loss.reduction), REDUCTIONS)}; "
-            f"there are {', '.join(REDUCTIONS)}"
-        )
 
 
 def _wrong_family(name: str, found: Family | None, wanted: Family) -> LossConfigError:

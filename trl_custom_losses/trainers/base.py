@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -17,17 +15,11 @@ from trl.trainer.utils import get_config_model_id
 
 from ..base import Loss
 from ..errors import LossConfigError, NonFiniteLossError
-from ..hyperparameters import suggestion
-from ..registry import GIVEN_OBJECT
-from .config import build_loss, check_parallelism, is_set
+from .announce import describe, logger, surprises
+from .columns import COLUMN_PREFIX, check_columns
+from .config import build_loss, check_parallelism
 from .forward import find_backbone
 from .metric_buffer import MetricBuffer
-
-logger = logging.getLogger("trl_custom_losses")
-
-#: Prefix of the loss's data-set columns in TRL's input dicts, so that they never meet a model argument.
-COLUMN_PREFIX = "loss_column:"
-
 
 #: What Trainer and TRL log themselves.
 _TRAINER_METRICS = frozenset(
@@ -249,87 +241,3 @@ class LossFunctionTrainer:
         """Forget the optimizer step under way, so that training can be started again."""
         self._nonfinite = {}
         self._buffers["train"] = MetricBuffer(self.accelerator.device)
-
-
-def check_columns(loss: Loss, dataset: Any, which: str) -> None:
-    """Raise if a data set (map-style, iterable or a dict of them) lacks a column that the loss names."""
-    if dataset is None or not loss.columns:
-        return
-    if isinstance(dataset, dict):
-        for name, part in dataset.items():
-            check_columns(loss, part, f"{which}[{name!r}]")
-        return
-    names = dataset.column_names if isinstance(dataset, Dataset) else getattr(dataset, "column_names", None)
-    if names is None:
-        names = list(next(iter(dataset), {}))
-    for column in loss.columns:
-        if column not in names:
-            raise LossConfigError(
-                f"the loss '{loss.name}' needs the column '{column}', which `{which}` lacks"
-                f"{suggestion(column, names)}; it has {', '.join(names)}"
-            )
-
-
-def column_values(examples: list[Mapping[str, Any]], column: str) -> Tensor | list[Any]:
-    """One column of a list of examples: a tensor if its values are numbers, else the list."""
-    values = [example.get(column) for example in examples]
-    if any(value is None for value in values):
-        raise ValueError(f"the column '{column}' that the loss needs is missing or empty in an example")
-    if all(isinstance(value, (bool, int, float)) for value in values):
-        return torch.tensor(values, dtype=torch.float32 if any(isinstance(v, float) for v in values) else None)
-    return values
-
-
-def describe(loss: Loss) -> str:
-    """The loss and its components with every resolved hyperparameter and where it came from, one a line."""
-    lines = []
-    for name, leaf in named_leaves(loss):
-        values = ", ".join(f"{name}={value!r} ({leaf.origins[name]})" for name, value in leaf.hyperparameters().items())
-        label = leaf.name if name in ("", leaf.name) else f"{name} ({leaf.name})"
-        lines.append(f"  {label}: {values or 'no hyperparameters'}")
-    head = f"  {loss.name}: {loss.extra_repr()}\n" if loss.composite else ""
-    return head + "\n".join(lines)
-
-
-def named_leaves(loss: Loss, name: str = "") -> list[tuple[str, Loss]]:
-    """The losses of a tree with the names of the components they are, "outer/inner"."""
-    if not hasattr(loss, "components"):
-        return [(name, loss)]
-    return [
-        leaf
-        for component, child in loss.components()
-        for leaf in named_leaves(child, f"{name}/{component}" if name else component)
-    ]
-
-
-def surprises(loss: Loss, config: Any) -> list[str]:
-    """What a user may not expect of how hyperparameters were resolved."""
-    messages = []
-    for _, leaf in named_leaves(loss):
-        for name, value in leaf.hyperparameters().items():
-            origin = leaf.origins[name]
-            if "not the loss's own" in origin:
-                messages.append(
-                    f"loss '{leaf.name}': {name}={value!r} is {origin}. Give `{name}` in `loss_function` to choose."
-                )
-            elif origin == GIVEN_OBJECT and hasattr(config, name) and is_set(config, name):
-                wanted = getattr(config, name)
-                if wanted != value:
-                    messages.append(
-                        f"loss '{leaf.name}': the given object has {name}={value!r}; the config's {name}={wanted!r} "
-                        "does not act on it."
-                    )
-    return messages
-
-
-class _FallbackHandler(logging.StreamHandler):
-    """Shows the package's messages where the program has not set up logging; otherwise leaves them to it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if not logging.getLogger().handlers:
-            super().emit(record)
-
-
-if not logger.handlers:
-    logger.addHandler(_FallbackHandler())
-    logger.setLevel(logging.INFO)

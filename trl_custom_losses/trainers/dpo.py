@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from trl import DPOTrainer
 
 from ..reductions import evaluate, reduce_loss
 from ..types import Denominators, ModelOutputs, PreferenceBatch, masked_sum
-from .base import COLUMN_PREFIX, LossFunctionTrainer, column_values
+from .base import LossFunctionTrainer
+from .columns import COLUMN_PREFIX, ColumnCollator
 from .config import CustomDPOConfig
 from .forward import PolicyForward, RecordingModel
 from .metric_buffer import summarise
@@ -222,22 +223,3 @@ class CustomDPOTrainer(LossFunctionTrainer, DPOTrainer):
         tokens = round(reduced["num_tokens"] * self.accelerator.num_processes)
         self._total_train_tokens += tokens // self._tp_size
         super()._store_metrics(mode, {**reduced, "num_tokens": self._total_train_tokens})
-
-
-class ColumnCollator:
-    """A data collator that adds the loss's columns to what another one makes.
-
-    Args:
-        collator: The collator of the trainer.
-        columns: Names of columns, each carried as a tensor (numbers) or list under a prefixed key.
-    """
-
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]], columns: tuple[str, ...]) -> None:
-        self.collator = collator
-        self.columns = columns
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        carried = {COLUMN_PREFIX + column: column_values(examples, column) for column in self.columns}
-        batch = self.collator(examples)
-        batch.update(carried)
-        return batch

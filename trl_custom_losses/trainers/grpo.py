@@ -15,7 +15,8 @@ from trl.extras.profiling import profiling_decorator
 from ..losses.policy.importance import log_importance_weights
 from ..reductions import evaluate, reduce_loss, reduce_values
 from ..types import Denominators, ModelOutputs, PolicyBatch, Rollout
-from .base import COLUMN_PREFIX, LossFunctionTrainer, column_values
+from .base import LossFunctionTrainer
+from .columns import COLUMN_PREFIX, column_values
 from .config import CustomGRPOConfig
 from .forward import PolicyForward
 from .metric_buffer import summarise
@@ -132,7 +133,9 @@ class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
             local=local,
             gather=self.accelerator.gather,
         )
-        for name, value in self.loss_function.prepare(rollout).items():
+        with torch.no_grad():
+            prepared = self.loss_function.prepare(rollout)
+        for name, value in prepared.items():
             if not isinstance(value, Tensor) or value.dim() == 0 or value.size(0) != size:
                 raise ValueError(
                     f"`prepare` of the loss '{self.loss_function.name}' must return tensors with {size} rows, this "

@@ -1,0 +1,114 @@
+"""From whatever a user hands over (class, function, import path, foreign object) to a loss class, and what such a loss
+declares about itself checked."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from .base import FunctionLoss, Loss, ObjectLoss, annotated_family
+from .errors import LossConfigError
+from .hyperparameters import hyperparameters_of, suggestion
+from .reductions import REDUCTIONS
+from .types import REQUIREMENTS, Family
+
+_CHOICES = {
+    "pair_weighting": ("pair", "mean"),
+    "f_divergence": ("hyperparameter", "independent", "unsupported"),
+}
+
+_IMPORT_PATH = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
+
+
+def import_loss(path: str) -> Any:
+    """What the import path `package.module:attribute` names.
+
+    Raises:
+        LossConfigError: The module cannot be imported or lacks the attribute.
+    """
+    if not _IMPORT_PATH.match(path):
+        raise LossConfigError(f"an import path looks like 'package.module:Loss', found {path!r}")
+    module_name, attribute = path.split(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the user's module raises while it is imported
+        raise LossConfigError(
+            f"could not import '{module_name}' for the loss {path!r}: {type(error).__name__}: {error}"
+        ) from error
+    found: Any = module
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            names = [name for name in vars(module) if not name.startswith("_")]
+            raise LossConfigError(
+                f"module '{module_name}' has no '{attribute}'{suggestion(part, names)} for the loss {path!r}"
+            )
+        found = getattr(found, part)
+    return found
+
+
+def as_loss_class(loss: Any, facts: Mapping[str, Any], name: str, family: Family | None = None) -> type[Loss]:
+    """The class that `build` instantiates for a loss class, a function or any class with `__call__`."""
+    facts = dict(facts)
+    unknown = [fact for fact in facts if fact not in vars(Loss).get("__annotations__", {})]
+    if unknown:
+        raise LossConfigError(f"loss '{name}': unknown facts {unknown}; a loss may declare the attributes of `Loss`")
+    if loss in (Loss, FunctionLoss, ObjectLoss):
+        raise LossConfigError(f"loss '{name}': {loss.__name__} is a base class, not a loss")
+    if inspect.isclass(loss) and issubclass(loss, Loss):
+        if facts:
+            raise LossConfigError(f"loss '{name}': declare {sorted(facts)} as class attributes of {loss.__name__}")
+        return loss
+    if inspect.isclass(loss) and any("__call__" in vars(base) for base in loss.__mro__):
+        facts = {**{fact: getattr(loss, fact) for fact in declared_facts() if hasattr(loss, fact)}, **facts}
+        facts.setdefault("family", family)
+        return ObjectLoss.wrap(loss, facts)
+    if callable(loss) and not inspect.isclass(loss):
+        facts.setdefault("family", annotated_family(loss) or getattr(loss, "family", None) or family)
+        if facts["family"] is None:
+            raise LossConfigError(
+                f"loss '{name}': say which family the function belongs to, `register('{name}', family='preference')` "
+                "or 'policy', or annotate its first argument as PreferenceBatch or PolicyBatch"
+            )
+        # Hyperparameters become attributes of the loss object.
+        taken = [hyperparameter for hyperparameter in hyperparameters_of(loss) if hasattr(FunctionLoss, hyperparameter)]
+        if taken:
+            raise LossConfigError(f"loss '{name}': a hyperparameter cannot be called {taken[0]!r}; rename it")
+        return FunctionLoss.wrap(loss, facts)
+    raise LossConfigError(f"loss '{name}' must be a class or a function `f(batch, outputs, *, ...)`, found {loss!r}")
+
+
+def declared_facts() -> list[str]:
+    """What a loss may declare about itself: the annotated attributes of `Loss`."""
+    return [fact for fact in vars(Loss)["__annotations__"] if fact not in ("name", "origins")]
+
+
+def check_facts(loss: Loss) -> None:
+    """Reject what a loss declares about itself and the framework does not know."""
+    if loss.family not in REQUIREMENTS:
+        raise LossConfigError(f"loss '{loss.name}': `family` must be 'preference' or 'policy', found {loss.family!r}")
+    if loss.family == "preference" and hasattr(loss, "prepare") and not loss.composite:
+        raise LossConfigError(f"loss '{loss.name}' defines `prepare`, which only policy losses have")
+    known = REQUIREMENTS[loss.family]
+    for fact in ("requires", "columns"):
+        names = getattr(loss, fact)
+        if not isinstance(names, (set, frozenset, tuple, list)) or not all(isinstance(name, str) for name in names):
+            raise LossConfigError(f"loss '{loss.name}': `{fact}` is a collection of names, found {names!r}")
+    for name in loss.requires:
+        if name not in known:
+            raise LossConfigError(
+                f"loss '{loss.name}' requires '{name}', which a {loss.family} trainer cannot compute"
+                f"{suggestion(name, known)}; it can compute {', '.join(sorted(known))}"
+            )
+    for fact, choices in _CHOICES.items():
+        if getattr(loss, fact) not in choices:
+            raise LossConfigError(
+                f"loss '{loss.name}': `{fact}` is one of {', '.join(choices)}; found {getattr(loss, fact)!r}"
+            )
+    if not callable(loss.reduction) and loss.reduction not in REDUCTIONS:
+        raise LossConfigError(
+            f"loss '{loss.name}': unknown reduction {loss.reduction!r}{suggestion(str(loss.reduction), REDUCTIONS)}; "
+            f"there are {', '.join(REDUCTIONS)}"
+        )

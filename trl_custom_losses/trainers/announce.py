@@ -1,0 +1,67 @@
+"""What is said of the loss when training starts."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from ..base import Loss
+from ..registry import GIVEN_OBJECT
+from .config import is_set
+
+logger = logging.getLogger("trl_custom_losses")
+
+
+def describe(loss: Loss) -> str:
+    """The loss and its components with every resolved hyperparameter and where it came from, one a line."""
+    lines = []
+    for name, leaf in named_leaves(loss):
+        values = ", ".join(f"{name}={value!r} ({leaf.origins[name]})" for name, value in leaf.hyperparameters().items())
+        label = leaf.name if name in ("", leaf.name) else f"{name} ({leaf.name})"
+        lines.append(f"  {label}: {values or 'no hyperparameters'}")
+    head = f"  {loss.name}: {loss.extra_repr()}\n" if loss.composite else ""
+    return head + "\n".join(lines)
+
+
+def named_leaves(loss: Loss, name: str = "") -> list[tuple[str, Loss]]:
+    """The losses of a tree with the names of the components they are, "outer/inner"."""
+    if not hasattr(loss, "components"):
+        return [(name, loss)]
+    return [
+        leaf
+        for component, child in loss.components()
+        for leaf in named_leaves(child, f"{name}/{component}" if name else component)
+    ]
+
+
+def surprises(loss: Loss, config: Any) -> list[str]:
+    """What a user may not expect of how hyperparameters were resolved."""
+    messages = []
+    for _, leaf in named_leaves(loss):
+        for name, value in leaf.hyperparameters().items():
+            origin = leaf.origins[name]
+            if "not the loss's own" in origin:
+                messages.append(
+                    f"loss '{leaf.name}': {name}={value!r} is {origin}. Give `{name}` in `loss_function` to choose."
+                )
+            elif origin == GIVEN_OBJECT and hasattr(config, name) and is_set(config, name):
+                wanted = getattr(config, name)
+                if wanted != value:
+                    messages.append(
+                        f"loss '{leaf.name}': the given object has {name}={value!r}; the config's {name}={wanted!r} "
+                        "does not act on it."
+                    )
+    return messages
+
+
+class _FallbackHandler(logging.StreamHandler):
+    """Shows the package's messages where the program has not set up logging; otherwise leaves them to it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.getLogger().handlers:
+            super().emit(record)
+
+
+if not logger.handlers:
+    logger.addHandler(_FallbackHandler())
+    logger.setLevel(logging.INFO)
