@@ -133,7 +133,7 @@ def build_components(components: Sequence[Mapping[str, Any]], context: BuildCont
             raise LossConfigError(f"{where}: 'name' must be text without dots, found {name!r}")
         weight = check_type(weight, float, f"{where} ('{name}'), 'weight'")
         for key in ("name", "weight"):
-            if key in LossFunctionRegistry.get(settings["type"]).declared_hyperparameters():
+            if key in LossFunctionRegistry.find(settings["type"], context.family).declared_hyperparameters():
                 raise LossConfigError(
                     f"{where}: '{key}' is a key of the component, but also a hyperparameter of '{settings['type']}'; "
                     "rename the hyperparameter"

@@ -83,7 +83,7 @@ class LossFunctionRegistry:
             UnknownLossError: Nothing has that name.
             LossConfigError: The import path fails.
         """
-        return cls._find(name, family=None)
+        return cls.find(name, family=None)
 
     @classmethod
     def names(cls, family: Family | None = None) -> list[str]:
@@ -134,7 +134,7 @@ class LossFunctionRegistry:
             raise LossConfigError(f"`loss_function.type` is a name, found {type_!r} ({type(type_).__name__})")
         if not all(isinstance(key, str) for key in settings):
             raise LossConfigError(f"loss '{type_}': hyperparameter names are text, found {list(settings)}")
-        loss_class = cls._find(type_, context.family)
+        loss_class = cls.find(type_, context.family)
         if loss_class.family is not None and context.family not in (None, loss_class.family):
             raise _wrong_family(type_, loss_class.family, context.family)
         declared = loss_class.declared_hyperparameters()
@@ -154,7 +154,8 @@ class LossFunctionRegistry:
         return loss
 
     @classmethod
-    def _find(cls, name: str, family: Family | None) -> type[Loss]:
+    def find(cls, name: str, family: Family | None) -> type[Loss]:
+        """As `get`; a function that does not say its family is taken to be of `family`."""
         if name in cls._functions:
             return cls._functions[name]
         cls._load()

@@ -84,3 +84,54 @@ def test_trainable_parameters_are_refused_rather_than_never_trained(dense_model,
             train_dataset=tiny.preference_data(),
             loss_function=Learned(),
         )
+
+
+def test_tensors_that_share_memory_are_saved(dense_model, run_arguments):
+    class Aliased(SigmoidLoss):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("whole", torch.arange(4.0))
+            self.register_buffer("part", self.whole[:2])
+
+    run = trainer(dense_model, run_arguments, save_strategy="steps", save_steps=4)
+    run.loss_function = Aliased()
+    run.train()
+    assert (Path(run_arguments["output_dir"]) / "checkpoint-4" / "loss_function.safetensors").exists()
+
+
+def test_what_a_loss_keeps_in_evaluation_mode_stays_so(dense_model, run_arguments):
+    class Scoring(SigmoidLoss):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scorer = nn.Dropout(0.5).eval()
+            self.modes: set[tuple[bool, bool]] = set()
+
+        def forward(self, batch, model_outputs):
+            self.modes.add((self.training, self.scorer.training))
+            return super().forward(batch, model_outputs)
+
+    run = CustomDPOTrainer(
+        model=tiny.load_model(dense_model),
+        args=CustomDPOConfig(**run_arguments, max_steps=1),
+        train_dataset=tiny.preference_data(),
+        eval_dataset=tiny.preference_data(4),
+        processing_class=tiny.tokenizer(),
+        loss_function=Scoring(),
+    )
+    run.train()
+    run.evaluate()
+    assert run.loss_function.modes == {(True, False), (False, False)}
+
+
+def test_state_that_could_not_be_saved_is_refused(run_arguments):
+    class Foreign(SigmoidLoss):
+        def get_extra_state(self) -> dict:
+            return {"history": [1.0]}
+
+    with pytest.raises(LossConfigError, match="state that is no tensor"):
+        CustomDPOTrainer(
+            model="/nonexistent",
+            args=CustomDPOConfig(**run_arguments),
+            train_dataset=tiny.preference_data(),
+            loss_function=Foreign(),
+        )

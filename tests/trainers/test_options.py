@@ -105,3 +105,22 @@ def test_metrics_of_a_loss_stand_beside_those_of_the_trainer(dense_model, run_ar
     assert logged["completions/mean_length"] == 4
     assert 0 <= logged["rewards/count_reward/mean"] <= 1
     assert logged["Shadows/completions/mean_length"] == -1
+
+
+def test_hyperparameters_named_as_general_training_options_are_no_matter(dense_model, run_arguments, caplog):
+    class Odd(SigmoidLoss):
+        def __init__(self, *, device: str = "cpu", seed: int = 7) -> None:
+            super().__init__()
+            self.device, self.seed = device, seed
+
+    dpo(dense_model, run_arguments, Odd())
+    assert not [record for record in caplog.records if record.levelno == logging.WARNING and "Odd" in record.message]
+
+
+def test_a_function_of_no_family_is_a_component_too(monkeypatch, tmp_path, run_arguments):
+    (tmp_path / "plain_losses.py").write_text(
+        "def plain(batch, outputs, *, scale: float = 1.0):\n    return -scale * outputs.logps, {}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = {"type": "composed", "components": [{"type": "plain_losses:plain", "name": "a"}]}
+    assert build_loss(config, CustomDPOConfig(**run_arguments)).leaves()[0].scale == 1.0

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..base import Loss
 from ..registry import GIVEN_OBJECT
-from .config import is_set
+from .config import is_set, objective_fields
 
 logger = logging.getLogger("trl_custom_losses")
 
@@ -36,7 +36,7 @@ def named_leaves(loss: Loss, name: str = "") -> list[tuple[str, Loss]]:
 
 def surprises(loss: Loss, config: Any) -> list[str]:
     """What a user may not expect of how hyperparameters were resolved."""
-    messages = []
+    messages, fields = [], objective_fields(config)
     for _, leaf in named_leaves(loss):
         for name, value in leaf.hyperparameters().items():
             origin = leaf.origins[name]
@@ -44,7 +44,7 @@ def surprises(loss: Loss, config: Any) -> list[str]:
                 messages.append(
                     f"loss '{leaf.name}': {name}={value!r} is {origin}. Give `{name}` in `loss_function` to choose."
                 )
-            elif origin == GIVEN_OBJECT and hasattr(config, name) and is_set(config, name):
+            elif origin == GIVEN_OBJECT and name in fields and is_set(config, name):
                 wanted = getattr(config, name)
                 if wanted != value:
                     messages.append(

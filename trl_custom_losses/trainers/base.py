@@ -98,6 +98,12 @@ class LossFunctionTrainer:
                 f"the loss '{loss.name}' has trainable parameters ({', '.join(trainable)}), which no optimizer would "
                 "train; make them buffers, or set `requires_grad=False`"
             )
+        foreign = [name for name, value in loss.state_dict().items() if not isinstance(value, Tensor)]
+        if foreign:
+            raise LossConfigError(
+                f"the loss '{loss.name}' has state that is no tensor ({', '.join(foreign)}) and could not be saved with "
+                "a checkpoint; keep state in buffers"
+            )
         self.loss_function = loss
         self._columns = tuple(loss.columns)
         check_columns(loss, arguments.get("train_dataset"), "train_dataset")
@@ -114,12 +120,21 @@ class LossFunctionTrainer:
             return
         check_parallelism(self.accelerator.parallelism_config)  # a launcher may set it too
         self.loss_function.to(device)
+        # What the loss keeps in evaluation mode, such as a frozen scorer, stays so.
+        self._always_evaluating = [module for module in self.loss_function.modules() if not module.training]
         if "pooled_hidden" in self.loss_function.requires:
             self._backbone()
         if self.accelerator.is_main_process:
             logger.info("Loss function:\n%s", describe(self.loss_function))
             for message in surprises(self.loss_function, self.args):
                 logger.warning(message)
+
+    def _loss_in_mode(self) -> Loss:
+        """The loss, in the model's mode, so that its state moves in training only."""
+        self.loss_function.train(self.model.training)
+        for module in self._always_evaluating:
+            module.eval()
+        return self.loss_function
 
     def _backbone(self) -> nn.Module | None:
         """The module that yields the last hidden state, if the loss needs it."""
@@ -182,13 +197,15 @@ class LossFunctionTrainer:
 
     # State
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        super()._save_checkpoint(*args, **kwargs)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """TRL's; a checkpoint also gets the loss's buffers, before it is pushed anywhere."""
+        super().save_model(output_dir, _internal_call)
         state = {} if self.loss_function is None else self.loss_function.state_dict()
-        if state and self.args.should_save:
-            folder = Path(self._get_output_dir(trial=None)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = Path(output_dir or self.args.output_dir)
+        if state and self.args.should_save and _internal_call and folder.name.startswith(PREFIX_CHECKPOINT_DIR):
             written = folder / f".{_STATE_FILE}"
-            save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, written)
+            # Clones, since tensors that share memory cannot be written.
+            save_file({name: value.detach().cpu().clone().contiguous() for name, value in state.items()}, written)
             written.replace(folder / _STATE_FILE)  # so that a half-written file is never read
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -81,7 +81,7 @@ def build_loss(loss_function: Any, config: DPOConfig | GRPOConfig) -> Loss:
     """
     family = family_of(config)
     _check_no_stock_objective(config)
-    fields = _objective_fields(config)
+    fields = objective_fields(config)
     context = BuildContext(
         family=family,
         defaults=fields,
@@ -99,7 +99,7 @@ def family_of(config: Any) -> Family:
     return "preference" if isinstance(config, DPOConfig) else "policy"
 
 
-def _objective_fields(config: Any) -> Mapping[str, Any]:
+def objective_fields(config: Any) -> Mapping[str, Any]:
     """Fields of TRL's (or the user's) config class, without those of every `TrainingArguments`: a `warmup_steps` or
     `seed` of a loss must never be filled from the optimizer's."""
     general = {declared.name for declared in dataclasses.fields(TrainingArguments)}

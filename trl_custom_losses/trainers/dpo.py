@@ -89,7 +89,7 @@ class CustomDPOTrainer(LossFunctionTrainer, DPOTrainer):
             raise
 
     def _registry_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        loss_function = self.loss_function.train(self.model.training)
+        loss_function = self._loss_in_mode()
         columns = self._take_columns(inputs)
         forward = PolicyForward(
             model,

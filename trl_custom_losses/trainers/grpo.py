@@ -58,9 +58,10 @@ class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
         requires = () if self.loss_function is None else self.loss_function.requires
         # At beta = 0 TRL builds no reference at all, but the loss asks for its log-probabilities.
         self._reference_for_loss = config is not None and config.beta == 0 and "ref_per_token_logps" in requires
-        with self._reference_switched_on(config), self._loss_type_shown(config):
+        with self._reference_switched_on(config), self._loss_shown(config):
             super().__init__(**arguments)
         self.beta, self.loss_type = self.args.beta, self.args.loss_type
+        self.importance_sampling_level = self.args.importance_sampling_level
         self._set_up_loss()
 
     @contextmanager
@@ -76,17 +77,20 @@ class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
             target.beta = 0.0
 
     @contextmanager
-    def _loss_type_shown(self, config: Any) -> Iterator[None]:
+    def _loss_shown(self, config: Any) -> Iterator[None]:
         """Let TRL's constructor see the type that the loss stands for: its checks and warnings depend on it."""
         if self.loss_function is None:
             yield
             return
-        stock, names = config.loss_type, [leaf.name for leaf in self.loss_function.leaves()]
-        config.loss_type = next((name for name in names if name in _TRL_TYPES), "grpo")
+        stock = config.loss_type, config.importance_sampling_level
+        leaves = self.loss_function.leaves()
+        shown = next((leaf for leaf in leaves if leaf.name in _TRL_TYPES), None)
+        config.loss_type = "grpo" if shown is None else shown.name
+        config.importance_sampling_level = getattr(shown, "importance_sampling_level", stock[1])
         try:
             yield
         finally:
-            config.loss_type = stock
+            config.loss_type, config.importance_sampling_level = stock
 
     def _abandon_step(self) -> None:
         # Completions of the abandoned step were sampled by older weights and must not be taken for on-policy ones.
@@ -172,7 +176,7 @@ class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
         return self._registry_loss(model, dict(inputs))
 
     def _registry_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        loss_function = self.loss_function.train(self.model.training)
+        loss_function = self._loss_in_mode()
         mode = "train" if self.model.training else "eval"
         accumulation = self.current_gradient_accumulation_steps if mode == "train" else 1.0
         outputs, aux_loss = self._forward(model, inputs)
