@@ -101,8 +101,8 @@ class LossFunctionTrainer:
         foreign = [name for name, value in loss.state_dict().items() if not isinstance(value, Tensor)]
         if foreign:
             raise LossConfigError(
-                f"the loss '{loss.name}' has state that is no tensor ({', '.join(foreign)}) and could not be saved with "
-                "a checkpoint; keep state in buffers"
+                f"the loss '{loss.name}' has state that is no tensor ({', '.join(foreign)}), which a checkpoint "
+                "could not hold; keep state in buffers"
             )
         self.loss_function = loss
         self._columns = tuple(loss.columns)
