@@ -38,15 +38,6 @@ def moe_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run_arguments(tmp_path: Path) -> dict:
     """Arguments of a quiet run on a CPU in float32."""
-    return {
-        "output_dir": str(tmp_path / "run"),
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "seed": 0,
-        "learning_rate": 1e-3,
-    }
+    from . import tiny
+
+    return tiny.run_arguments(tmp_path / "run")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -102,6 +103,22 @@ def prompt_data(rows: int = 8) -> Dataset:
     return Dataset.from_list(
         [{"prompt": f"{i}+{(3 * i) % 10}=", "answer": str(i + (3 * i) % 10), "weight": 0.5 + i} for i in range(rows)]
     )
+
+
+def run_arguments(output_dir: Path) -> dict[str, Any]:
+    """Arguments of a quiet run on a CPU in float32."""
+    return {
+        "output_dir": str(output_dir),
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "seed": 0,
+        "learning_rate": 1e-3,
+    }
 
 
 def count_reward(completions: list[str], **kwargs) -> list[float]:

@@ -15,6 +15,9 @@ from .hyperparameters import hyperparameters_of, suggestion
 from .reductions import REDUCTIONS
 from .types import REQUIREMENTS, Family
 
+# What a loss may declare about itself: the annotated attributes of `Loss` that the registry does not set.
+_FACTS = tuple(fact for fact in vars(Loss)["__annotations__"] if fact not in ("name", "origins"))
+
 _CHOICES = {
     "pair_weighting": ("pair", "mean"),
     "f_divergence": ("hyperparameter", "independent", "unsupported"),
@@ -52,7 +55,7 @@ def import_loss(path: str) -> Any:
 def as_loss_class(loss: Any, facts: Mapping[str, Any], name: str, family: Family | None = None) -> type[Loss]:
     """The class that `build` instantiates for a loss class, a function or any class with `__call__`."""
     facts = dict(facts)
-    unknown = [fact for fact in facts if fact not in vars(Loss).get("__annotations__", {})]
+    unknown = [fact for fact in facts if fact not in _FACTS]
     if unknown:
         raise LossConfigError(f"loss '{name}': unknown facts {unknown}; a loss may declare the attributes of `Loss`")
     if loss in (Loss, FunctionLoss, ObjectLoss):
@@ -62,7 +65,7 @@ def as_loss_class(loss: Any, facts: Mapping[str, Any], name: str, family: Family
             raise LossConfigError(f"loss '{name}': declare {sorted(facts)} as class attributes of {loss.__name__}")
         return loss
     if inspect.isclass(loss) and any("__call__" in vars(base) for base in loss.__mro__):
-        facts = {**{fact: getattr(loss, fact) for fact in declared_facts() if hasattr(loss, fact)}, **facts}
+        facts = facts_of(loss) | facts
         facts.setdefault("family", family)
         return ObjectLoss.wrap(loss, facts)
     if callable(loss) and not inspect.isclass(loss):
@@ -80,9 +83,9 @@ def as_loss_class(loss: Any, facts: Mapping[str, Any], name: str, family: Family
     raise LossConfigError(f"loss '{name}' must be a class or a function `f(batch, outputs, *, ...)`, found {loss!r}")
 
 
-def declared_facts() -> list[str]:
-    """What a loss may declare about itself: the annotated attributes of `Loss`."""
-    return [fact for fact in vars(Loss)["__annotations__"] if fact not in ("name", "origins")]
+def facts_of(loss: Any) -> dict[str, Any]:
+    """What a class or object that does not inherit from `Loss` declares about itself."""
+    return {fact: getattr(loss, fact) for fact in _FACTS if hasattr(loss, fact)}
 
 
 def check_facts(loss: Loss) -> None:

@@ -79,6 +79,11 @@ class Loss(nn.Module):
         return [self]
 
     @property
+    def prepares(self) -> bool:
+        """Whether the loss wants to see rollouts (policy losses that override `prepare`)."""
+        return False
+
+    @property
     def kl_reduction(self) -> str | TokenReduction:
         """How the trainer reduces the KL term that it adds around this loss."""
         return self.reduction

@@ -84,13 +84,13 @@ class ComposedLoss(Loss):
     @property
     def prepares(self) -> bool:
         """Whether any component prepares a rollout."""
-        return any(getattr(loss, "prepares", False) for loss in self.losses)
+        return any(loss.prepares for loss in self.losses)
 
     def prepare(self, rollout: Rollout) -> dict[str, Tensor]:
         """Let each component that wants to prepare the rollout do so, under its own names."""
         prepared: dict[str, Tensor] = {}
         for name, loss in self.components():
-            if getattr(loss, "prepares", False):
+            if loss.prepares:
                 prepared |= rollout.scoped_result(name, loss.prepare(rollout))
         return prepared
 

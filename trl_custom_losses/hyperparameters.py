@@ -13,6 +13,9 @@ from typing import Any, Literal
 
 from .errors import LossConfigError
 
+#: Stands in the origin of a value where a config's untouched default replaced a different default of the loss.
+NOT_ITS_OWN = "not the loss's own"
+
 _MISSING = inspect.Parameter.empty
 
 
@@ -121,7 +124,7 @@ def resolve(
         elif defaults.get(name) is not None:
             value, origin = defaults[name], defaults_from
             if not parameter.required and parameter.default not in (None, value) and name in untouched:
-                origin = f"{defaults_from}'s default, not the loss's own {parameter.default!r}"
+                origin = f"{defaults_from}'s default, {NOT_ITS_OWN} {parameter.default!r}"
         elif not parameter.required:
             value, origin = parameter.default, "default"
         else:

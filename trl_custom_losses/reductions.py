@@ -72,13 +72,14 @@ def evaluate(loss: Loss, batch: PreferenceBatch | PolicyBatch, outputs: ModelOut
     found = tuple(map(type, result)) if isinstance(result, tuple) else ()
     if len(found) == 2 and issubclass(found[0], Tensor) and issubclass(found[1], Mapping):
         return result
-    raise TypeError(f"loss '{loss.name}' must return a tensor and a dict of metrics, found {_shape_of(result)}")
+    raise _wrong_result(loss, result)
 
 
-def _shape_of(result: object) -> str:
+def _wrong_result(loss: Loss, result: object) -> TypeError:
+    found = type(result).__name__
     if isinstance(result, tuple):
-        return f"({', '.join(type(part).__name__ for part in result)})"
-    return type(result).__name__
+        found = f"({', '.join(type(part).__name__ for part in result)})"
+    return TypeError(f"loss '{loss.name}' must return a tensor and a dict of metrics, found {found}")
 
 
 def reduce_values(values: Tensor, batch: PreferenceBatch | PolicyBatch, reduction: str | TokenReduction) -> Tensor:
@@ -117,7 +118,7 @@ def reduce_loss(loss: Loss, raw: Tensor, batch: PreferenceBatch | PolicyBatch) -
         The micro-batch's contribution to the optimizer step's loss, a scalar.
     """
     if not isinstance(raw, Tensor):
-        raise TypeError(f"loss '{loss.name}' must return a tensor and a dict of metrics, found {type(raw).__name__}")
+        raise _wrong_result(loss, raw)
     if loss.composite:
         return raw  # its components were modified and reduced one by one
     raw = batch.apply_modifiers(loss, raw)

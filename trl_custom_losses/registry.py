@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from .adapters import as_loss_class, check_facts, declared_facts, import_loss
+from .adapters import as_loss_class, check_facts, facts_of, import_loss
 from .base import Loss, LossFunction, ObjectLoss
 from .errors import LossConfigError, UnknownLossError
 from .hyperparameters import resolve, suggestion
@@ -208,7 +208,7 @@ def _from_object(loss: Any, context: BuildContext) -> Loss:
         built.name, built.origins = loss.__name__, origins
         return built
     if callable(loss):
-        facts = {fact: getattr(loss, fact) for fact in declared_facts() if hasattr(loss, fact)}
+        facts = facts_of(loss)
         facts.setdefault("family", context.family)
         built = ObjectLoss.wrap(type(loss), facts).hold(loss)
         built.name = type(loss).__name__

@@ -283,7 +283,7 @@ class ModelOutputs(ExplainsMissingFields):
     def _weighted_sum(self, per_token: Tensor) -> Tensor:
         if self.has("token_weights"):
             per_token = per_token * self.token_weights
-        return masked_sum(per_token, self.mask)
+        return per_token.sum(dim=1)  # 0 at masked positions since construction
 
     @property
     def lengths(self) -> Tensor:

@@ -86,15 +86,7 @@ def run(case: dict[str, Any], model_path: Path, output: Path, world: int) -> dic
     """Train one case; returns logs and final weights."""
     accumulation = case.get("accumulation", 1)
     arguments = {
-        "output_dir": str(output / "run"),
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "seed": 0,
+        **tiny.run_arguments(output / "run"),
         "learning_rate": 1e-2,
         "optim": "sgd",  # so that an equal gradient, not only its sign, makes equal weights
         "max_steps": STEPS,

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from ..base import Loss
+from ..hyperparameters import NOT_ITS_OWN
 from ..registry import GIVEN_OBJECT
 from .config import is_set, objective_fields
 
@@ -40,7 +41,7 @@ def surprises(loss: Loss, config: Any) -> list[str]:
     for _, leaf in named_leaves(loss):
         for name, value in leaf.hyperparameters().items():
             origin = leaf.origins[name]
-            if "not the loss's own" in origin:
+            if NOT_ITS_OWN in origin:
                 messages.append(
                     f"loss '{leaf.name}': {name}={value!r} is {origin}. Give `{name}` in `loss_function` to choose."
                 )

@@ -54,8 +54,6 @@ _TRAINER_METRICS = frozenset(
         "step_time",
     }
 )
-
-
 _TRAINER_PREFIXES = ("rewards/", "completions/", "sampling/", "tools/", "profiling/")
 
 #: File of a checkpoint that holds the loss's buffers.
@@ -114,7 +112,7 @@ class LossFunctionTrainer:
         """Finish what needs the constructed trainer: device, backbone, metric buffers; announce the loss once."""
         device = self.accelerator.device
         self._buffers = {"train": MetricBuffer(device), "eval": MetricBuffer(device)}
-        self._nonfinite: dict[str, Tensor] = {}
+        self._nonfinite: dict[tuple[str, ...], Tensor] = {}
         self._backbone_module: nn.Module | None = None
         if self.loss_function is None:
             return
@@ -238,14 +236,14 @@ class LossFunctionTrainer:
         # A sum is not finite if any of its terms is not.
         sums = [tensor.detach().float().sum().to(loss.device) for tensor in watched.values()]
         flags = ~torch.isfinite(torch.stack(sums))
-        names = "\n".join(watched)
+        names = tuple(watched)
         seen = self._nonfinite.get(names)
         self._nonfinite[names] = flags if seen is None else seen | flags
         if not self.accelerator.sync_gradients:
             return
         for names, flags in self._nonfinite.items():
             if bool(flags[0]):
-                found = [name for name, bad in zip(names.split("\n"), flags.tolist(), strict=True) if bad]
+                found = [name for name, bad in zip(names, flags.tolist(), strict=True) if bad]
                 self._abandon_step()
                 raise NonFiniteLossError(
                     f"the loss '{self.loss_function.name}' is not finite at step {self.state.global_step + 1} (rank "

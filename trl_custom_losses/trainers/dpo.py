@@ -189,7 +189,7 @@ class CustomDPOTrainer(LossFunctionTrainer, DPOTrainer):
             correct = output.is_top1[:, -length:][: chosen_mask.size(0)]
             pairs = float(chosen_rewards.numel())
             sums: dict[str, tuple[Tensor, Tensor | float]] = {
-                "entropy": (masked_sum(outputs.entropies, mask).sum(), mask.sum()),
+                "entropy": (outputs.entropies.sum(), mask.sum()),
                 "logits/chosen": (masked_sum(mean_logits[0], chosen_mask).sum(), chosen_mask.sum()),
                 "logits/rejected": (masked_sum(mean_logits[1], rejected_mask).sum(), rejected_mask.sum()),
                 "mean_token_accuracy": (masked_sum(correct.float(), chosen_mask).sum(), chosen_mask.sum()),

@@ -124,7 +124,7 @@ class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
         }
         output[_REWARDS], output[_GROUPS] = rewards[local], groups[local]
         output |= {COLUMN_PREFIX + name: value for name, value in columns.items()}
-        if not getattr(self.loss_function, "prepares", False):
+        if not self.loss_function.prepares:
             return
         rollout = Rollout(
             rewards=rewards,
@@ -286,15 +286,11 @@ class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
     def _denominators(self, inputs: dict[str, Any], mask: Tensor, accumulation: float) -> Denominators:
         """TRL's normalisers: the loss divides by the accumulation itself, and ranks are averaged."""
         if "num_items_in_batch" not in inputs:  # a micro-batch made by hand counts as the whole batch
-            return Denominators(
-                sequences=mask.size(0) * accumulation,
-                tokens=mask.sum().clamp(min=1) * accumulation,
-                micro_batches=accumulation,
-            )
-        # Tokens are counted over the generation batch of all ranks; scale them to one optimizer step.
-        tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
-        if self.model.training:
-            tokens = tokens * accumulation / self.args.steps_per_generation
+            tokens = mask.sum().clamp(min=1) * accumulation
+        else:  # counted over the generation batch of all ranks; scaled to one optimizer step
+            tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
+            if self.model.training:
+                tokens = tokens * accumulation / self.args.steps_per_generation
         return Denominators(sequences=mask.size(0) * accumulation, tokens=tokens, micro_batches=accumulation)
 
     def _per_token_kl(self, outputs: ModelOutputs) -> Tensor | None:

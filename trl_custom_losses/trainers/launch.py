@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -30,12 +29,11 @@ from trl.scripts.grpo import GRPOScriptArguments
 
 from ..errors import LossConfigError
 from ..hyperparameters import suggestion
+from .announce import logger
 from .base import LossFunctionTrainer
 from .config import CustomDPOConfig, CustomGRPOConfig
 from .dpo import CustomDPOTrainer
 from .grpo import CustomGRPOTrainer
-
-logger = logging.getLogger("trl_custom_losses")
 
 _FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
