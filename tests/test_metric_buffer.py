@@ -18,6 +18,7 @@ from torch import Tensor
 
 import trl_custom_losses
 from trl_custom_losses import Metric
+from trl_custom_losses.summaries import summarise
 
 
 def _load() -> ModuleType:
@@ -29,8 +30,7 @@ def _load() -> ModuleType:
     return module
 
 
-_module = _load()
-MetricBuffer, summarise = _module.MetricBuffer, _module.summarise
+MetricBuffer = _load().MetricBuffer
 
 _MASK = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]])
 
@@ -99,6 +99,16 @@ def test_extrema_over_ranks_are_averaged_over_micro_batches() -> None:
     first = _buffer(metrics(1.0, 5.0), metrics(4.0, 4.5))
     second = _buffer(metrics(0.0, 2.0), metrics(6.0, 7.0))
     assert _reduce_over_ranks(first, second)[1] == {"low": (0 + 4) / 2, "high": (5 + 7) / 2}
+
+
+def test_an_exponential_is_that_of_the_average() -> None:
+    per = ("log", "exp")
+    first = _buffer({"x": (6.0, 3.0, *per)}, {"x": (1.0, 1.0, *per)})
+    second = _buffer({"x": (5.0, 1.0, *per)}, {"x": (0.0, 1.0, *per)})
+    expected = {"x": pytest.approx(math.exp(12 / 6), rel=1e-12)}
+    assert _reduce_over_ranks(first, second) == [expected] * 2
+    assert _buffer({"x": (2e4, 2.0, *per)}).reduce(_alone) == {"x": math.inf}
+    assert _buffer({"x": (0.0, 0.0, *per)}).reduce(_alone) == {}
 
 
 def test_an_extremum_over_no_sequence_is_left_out() -> None:
@@ -293,3 +303,21 @@ def test_micro_batches_of_a_loss_average_exactly() -> None:
     token, row = (values * mask).sum().item() / mask.sum().item(), values[:, 0].mean().item()
     for reduced in _reduce_over_ranks(*ranks):
         assert reduced == {"token": pytest.approx(token, rel=1e-12), "row": pytest.approx(row, rel=1e-12)}
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 1), (2, 5)], ids=str)
+def test_a_metric_may_say_which_of_its_values_count(shape: tuple[int, ...]) -> None:
+    """Of any width and number of rows: the batch's own mask does not matter."""
+    value = torch.full(shape, math.nan)
+    counted = torch.zeros(shape, dtype=torch.bool)
+    value[1], counted[1] = 4.0, True
+    number = float(counted.sum())
+    assert _summarise(Metric(value, mask=counted)) == (4 * number, number, "log", "mean")
+    assert _summarise(Metric(value, mask=counted, reduce="min"))[0] == 4.0
+    assert _summarise(Metric(value, mask=counted.new_zeros(shape)))[:2] == (0.0, 0.0)
+    assert _summarise(Metric(value, mask=counted.new_zeros(shape), reduce="max"))[0] == -math.inf
+
+
+def test_a_metric_and_its_mask_have_one_shape() -> None:
+    with pytest.raises(ValueError, match=r"\(2,\) and a mask of shape \(3,\)"):
+        _summarise(Metric(torch.ones(2), mask=torch.ones(3)))

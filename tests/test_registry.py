@@ -135,7 +135,7 @@ def test_what_is_no_loss_is_refused(loss: Any, facts: dict, message: str) -> Non
 def test_names_of_a_family() -> None:
     preference, policy = LossFunctionRegistry.names("preference"), LossFunctionRegistry.names("policy")
     assert preference == sorted(preference) and {"sigmoid", "sft"} <= set(preference)
-    assert "grpo" in policy and set(preference) & set(policy) == {"composed"}
+    assert "grpo" in policy and {"composed", "dynamic_multi_objective"} <= set(preference) & set(policy)
     assert set(LossFunctionRegistry.names()) == set(preference) | set(policy)
     with pytest.raises(LossConfigError, match="'preference' or 'policy'"):
         LossFunctionRegistry.names("rewards")

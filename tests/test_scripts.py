@@ -31,6 +31,8 @@ def write_rows(path: Path, rows) -> str:
 def tiny_run(recipe: Path, tmp_path: Path, model: Path) -> list[str]:
     """A recipe's command line with a tiny model, local data and two steps."""
     data = tiny.preference_data() if recipe.parent.name == "dpo" else tiny.prompt_data()
+    # With these columns there, the scorer of a recipe, a large model, is not asked.
+    data = data.add_column("chosen_unsafe", [0.0] * len(data)).add_column("rejected_unsafe", [1.0] * len(data))
     words = ["--config", str(recipe), "--model_name_or_path", str(model), *ON_CPU, "--max_steps", "2"]
     words += ["--dataset_name", write_rows(tmp_path / "data.jsonl", data), "--output_dir", str(tmp_path / "out")]
     words += ["--gradient_accumulation_steps", "1"]

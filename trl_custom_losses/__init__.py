@@ -9,10 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .base import Loss, LossFunction, PolicyLoss, PreferenceLoss
-from .composition import ComposedLoss
+from .composition import ComposableLossFunction
 from .errors import LossConfigError, MissingFieldError, NonFiniteLossError, UnknownLossError
+from .losses.composite import ComposedLoss
 from .registry import LossFunctionRegistry
-from .types import Denominators, Metric, ModelOutputs, PolicyBatch, PreferenceBatch, Rollout
+from .types import Denominators, Metric, ModelOutputs, PolicyBatch, PreferenceBatch, Ranks, Rollout
 
 if TYPE_CHECKING:
     from .trainers import CustomDPOConfig, CustomDPOTrainer, CustomGRPOConfig, CustomGRPOTrainer
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 _TRAINERS = ("CustomDPOConfig", "CustomDPOTrainer", "CustomGRPOConfig", "CustomGRPOTrainer")
 
 __all__ = [
+    "ComposableLossFunction",
     "ComposedLoss",
     "CustomDPOConfig",
     "CustomDPOTrainer",
@@ -40,6 +42,7 @@ __all__ = [
     "PolicyLoss",
     "PreferenceBatch",
     "PreferenceLoss",
+    "Ranks",
     "Rollout",
     "UnknownLossError",
 ]

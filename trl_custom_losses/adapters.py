@@ -9,14 +9,15 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .base import FunctionLoss, Loss, ObjectLoss, annotated_family
+from .base import Loss
 from .errors import LossConfigError
+from .foreign import FunctionLoss, ObjectLoss, annotated_family
 from .hyperparameters import hyperparameters_of, suggestion
 from .reductions import REDUCTIONS
 from .types import REQUIREMENTS, Family
 
 # What a loss may declare about itself: the annotated attributes of `Loss` that the registry does not set.
-_FACTS = tuple(fact for fact in vars(Loss)["__annotations__"] if fact not in ("name", "origins"))
+_FACTS = tuple(fact for fact in vars(Loss)["__annotations__"] if fact not in ("name", "origins", "schedules"))
 
 _CHOICES = {
     "pair_weighting": ("pair", "mean"),
@@ -39,15 +40,13 @@ def import_loss(path: str) -> Any:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever the user's module raises while it is imported
         raise LossConfigError(
-            f"could not import '{module_name}' for the loss {path!r}: {type(error).__name__}: {error}"
+            f"could not import '{module_name}' for {path!r}: {type(error).__name__}: {error}"
         ) from error
     found: Any = module
     for part in attribute.split("."):
         if not hasattr(found, part):
             names = [name for name in vars(module) if not name.startswith("_")]
-            raise LossConfigError(
-                f"module '{module_name}' has no '{attribute}'{suggestion(part, names)} for the loss {path!r}"
-            )
+            raise LossConfigError(f"module '{module_name}' has no '{attribute}'{suggestion(part, names)} for {path!r}")
         found = getattr(found, part)
     return found
 
@@ -99,6 +98,14 @@ def check_facts(loss: Loss) -> None:
         names = getattr(loss, fact)
         if not isinstance(names, (set, frozenset, tuple, list)) or not all(isinstance(name, str) for name in names):
             raise LossConfigError(f"loss '{loss.name}': `{fact}` is a collection of names, found {names!r}")
+    for column, (_, path) in loss.column_scorers.items():
+        where = f"loss '{loss.name}', scorer of the column '{column}'"
+        try:
+            scorer = import_loss(path)
+        except LossConfigError as error:
+            raise LossConfigError(f"{where}: {error}") from error
+        if not callable(scorer):
+            raise LossConfigError(f"{where}: expected a function, found {scorer!r} under {path!r}")
     for name in loss.requires:
         if name not in known:
             raise LossConfigError(

@@ -1,13 +1,16 @@
-"""What a loss inherits: `PreferenceLoss`, `PolicyLoss`, and the wrapper that makes a plain function a loss."""
+"""What a loss inherits: `PreferenceLoss` or `PolicyLoss`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol, runtime_checkable
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
-from .hyperparameters import Hyperparameter, hyperparameters_of, signature
+from .hyperparameters import Hyperparameter, hyperparameters_of
+from .schedules import Schedule
 from .types import Family, Metric, ModelOutputs, PolicyBatch, PreferenceBatch, Rollout, TokenReduction
 
 Metrics = Mapping[str, Tensor | Metric]
@@ -28,15 +31,25 @@ class Loss(nn.Module):
     """Base of both families. Hyperparameters are keyword-only constructor arguments kept as attributes of the same
     name; state is buffers.
 
+    Losses form a tree: a composition yields its parts from `components`. What happens in a run reaches every loss of
+    the tree through `on_train_begin`, `on_step_begin` and `on_step_end`, once per optimizer step and in training only;
+    a loss overrides those it needs. What it tells `observe` in its forward pass comes back in `on_step_end`, summed
+    over the step's micro-batches and ranks, so that what it decides from that is the same on every rank.
+
     Class attributes, all optional, that a loss sets to declare facts about itself:
 
     Attributes:
         family: "preference" or "policy".
         requires: Fields of the model outputs or the batch that the trainer must compute (see `types`).
+        rollout_requires: What `Rollout.forward()` must hold (see `types.ROLLOUT_REQUIREMENTS`).
         columns: Data-set columns that must reach the loss.
+        column_scorers: Which of these the trainer can fill where a data set lacks them: column -> (column of texts,
+            import path of a function that takes a list of texts and returns a list of numbers from 0 to 1).
+        aliases: Other names of hyperparameters, alias -> name.
         reduction: How an unreduced loss becomes a scalar (see `reductions`).
         batch_coupled: Whether a pair's or sequence's loss depends on the others of the micro-batch, so that
             splitting a batch changes the result.
+        minimum_batch: Pairs or sequences that a micro-batch, over all ranks, must hold for the loss to do anything.
         pair_weighting: How WPO weights act: "pair" multiplies each pair's loss by its weight, "mean" multiplies the
             loss by the micro-batch's mean weight (what TRL does for losses that are not per pair).
         f_divergence: Whether `f_divergence_type` other than reverse KL is honoured ("hyperparameter": the loss has
@@ -49,17 +62,23 @@ class Loss(nn.Module):
 
     family: Family | None = None
     requires: frozenset[str] | set[str] = frozenset()
+    rollout_requires: frozenset[str] | set[str] = frozenset()
     columns: tuple[str, ...] = ()
+    column_scorers: Mapping[str, tuple[str, str]] = {}
+    aliases: Mapping[str, str] = {}
     reduction: str | TokenReduction = "sequence_mean"
     batch_coupled: bool = False
+    minimum_batch: int = 1
     pair_weighting: str = "pair"
     f_divergence: str = "unsupported"
     surrogate: bool = False
     uses_importance_sampling_ratio: bool = False
     composite: bool = False
-    #: The registry sets the name a loss was built under and where each hyperparameter's value came from.
+    #: The registry sets the name a loss was built under, where each hyperparameter's value came from, and which of them
+    #: move.
     name: str = ""
     origins: Mapping[str, str] = {}
+    schedules: Mapping[str, Schedule] = {}
 
     def forward(self, batch: Any, model_outputs: ModelOutputs) -> tuple[Tensor, Metrics]:
         raise TypeError(f"{type(self).__name__} must define `forward(batch, model_outputs) -> (loss, metrics)`")
@@ -74,9 +93,18 @@ class Loss(nn.Module):
         """Make the loss from checked values; compositions build their components with `context` here."""
         return cls(**values)
 
+    def components(self) -> Iterator[tuple[str, Loss]]:
+        """The losses that this one is made of, by name; none unless it is a composition."""
+        return iter(())
+
     def leaves(self) -> list[Loss]:
         """The losses that compute something: this one, or a composition's components, depth first."""
-        return [self]
+        leaves = [leaf for _, component in self.components() for leaf in component.leaves()]
+        return leaves or [self]
+
+    def tree(self) -> list[Loss]:
+        """This loss and all that it is made of, depth first."""
+        return [self, *(loss for _, component in self.components() for loss in component.tree())]
 
     @property
     def prepares(self) -> bool:
@@ -88,9 +116,67 @@ class Loss(nn.Module):
         """How the trainer reduces the KL term that it adds around this loss."""
         return self.reduction
 
+    # The run
+
+    def on_train_begin(self, total_steps: int) -> None:
+        """Training begins, or goes on from a checkpoint, and will end after `total_steps` optimizer steps."""
+
+    def on_step_begin(self, step: int) -> None:
+        """An optimizer step begins; `step` of them are done."""
+
+    def on_step_end(self, step: int, observed: Mapping[str, Tensor]) -> Mapping[str, float] | None:
+        """An optimizer step was taken.
+
+        Args:
+            step: Number of optimizer steps done before it.
+            observed: What this loss told `observe`, summed over micro-batches and ranks: float64, on the host. Equal on
+                all ranks.
+
+        Returns:
+            Metrics to log, if any; they must be equal on all ranks.
+        """
+
+    def observe(self, name: str, values: Tensor) -> None:
+        """Add `values` to this step's sum of `name`, for `on_step_end`; nothing happens outside of training.
+
+        Args:
+            name: Of the sum.
+            values: Of any shape, the same on all ranks and micro-batches. For a mean, give totals and counts.
+        """
+        if not self.training:
+            return
+        sums = self.__dict__.setdefault("_observed", {})
+        # Two booleans add up to one, and half precision loses counts; a copy, since a loss may move its own tensors.
+        kind = torch.float32 if values.is_floating_point() else torch.int64
+        values = values.detach().to(torch.promote_types(values.dtype, kind), copy=True)
+        sums[name] = sums[name] + values if name in sums else values
+
+    def take_observed(self) -> dict[str, Tensor]:
+        """What was observed since the last call, on the device, of this rank; for the driver."""
+        return self.__dict__.pop("_observed", {})
+
+    def move_to_step(self, step: int) -> None:
+        """Set scheduled hyperparameters to their values at `step`; for the driver."""
+        for name, schedule in self.schedules.items():
+            setattr(self.owner_of(name), name, schedule.value(step))
+
+    def moving(self) -> dict[str, float]:
+        """Scheduled hyperparameters and the values they have now."""
+        return {name: getattr(self.owner_of(name), name) for name in self.schedules}
+
+    def owner_of(self, name: str) -> Any:
+        """The object whose attribute the hyperparameter `name` is."""
+        return self
+
     def hyperparameters(self) -> dict[str, Any]:
-        """The resolved hyperparameters by name, as far as they are kept as attributes."""
-        return {name: getattr(self, name) for name in self.origins if hasattr(self, name)}
+        """The resolved hyperparameters by name, as far as they are kept as attributes, or their schedules."""
+        owners = {name: self.owner_of(name) for name in self.origins}
+        values = {name: getattr(owner, name) for name, owner in owners.items() if hasattr(owner, name)}
+        # What a composition was built from is described by its parts.
+        values = {
+            k: value for k, value in values.items() if not (inspect.ismethod(value) or isinstance(value, nn.Module))
+        }
+        return values | dict(self.schedules)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.hyperparameters().items())
@@ -137,84 +223,3 @@ class PolicyLoss(Loss):
     def prepares(self) -> bool:
         """Whether this loss overrides `prepare`."""
         return type(self).prepare is not PolicyLoss.prepare
-
-
-class FunctionLoss(Loss):
-    """A plain function `f(batch, outputs, *, beta=0.1)` as a loss; its keyword-only arguments are hyperparameters.
-
-    Subclasses, one a function, are made by `LossFunctionRegistry.register` and hold it as `function`.
-    """
-
-    function: ClassVar[Callable[..., tuple[Tensor, Metrics]]]
-
-    def __init__(self, **hyperparameters: Any) -> None:
-        super().__init__()
-        self._names = tuple(hyperparameters)
-        for name, value in hyperparameters.items():
-            setattr(self, name, value)
-
-    def forward(self, batch: Any, model_outputs: ModelOutputs) -> tuple[Tensor, Metrics]:
-        # Read at call time, so that a scheduled hyperparameter reaches the function.
-        return type(self).function(batch, model_outputs, **{name: getattr(self, name) for name in self._names})
-
-    @classmethod
-    def declared_hyperparameters(cls) -> dict[str, Hyperparameter]:
-        return hyperparameters_of(cls.function)
-
-    @classmethod
-    def wrap(cls, function: Callable[..., Any], facts: Mapping[str, Any]) -> type[FunctionLoss]:
-        """Make the class for `function`, with `facts` as the class attributes of `Loss`."""
-        return _subclass(cls, function, facts, function=staticmethod(function))
-
-
-def _subclass(base: type[Loss], origin: Any, facts: Mapping[str, Any], **attributes: Any) -> type:
-    """A class between `base` and the family's base, named after what it wraps."""
-    family_base = {"preference": PreferenceLoss, "policy": PolicyLoss}.get(facts.get("family"))
-    attributes |= {"__doc__": origin.__doc__, "__module__": origin.__module__, **facts}
-    return type(origin.__name__, (base,) if family_base is None else (base, family_base), attributes)
-
-
-class ObjectLoss(Loss):
-    """Any object with `__call__(batch, outputs)` as a loss; subclasses hold its class as `wrapped`."""
-
-    wrapped: ClassVar[type]
-
-    def __init__(self, **hyperparameters: Any) -> None:
-        super().__init__()
-        self.object = self.wrapped(**hyperparameters)
-
-    def forward(self, batch: Any, model_outputs: ModelOutputs) -> tuple[Tensor, Metrics]:
-        return self.object(batch, model_outputs)
-
-    @classmethod
-    def declared_hyperparameters(cls) -> dict[str, Hyperparameter]:
-        return hyperparameters_of(cls.wrapped)
-
-    def hyperparameters(self) -> dict[str, Any]:
-        return {name: getattr(self.object, name) for name in self.origins if hasattr(self.object, name)}
-
-    @classmethod
-    def wrap(cls, wrapped: type, facts: Mapping[str, Any]) -> type[ObjectLoss]:
-        """Make the class for `wrapped`, with `facts` as the class attributes of `Loss`."""
-        attributes: dict[str, Any] = {"wrapped": wrapped}
-        if hasattr(wrapped, "prepare"):
-            attributes["prepare"] = lambda self, rollout: self.object.prepare(rollout)
-        return _subclass(cls, wrapped, facts, **attributes)
-
-    @classmethod
-    def hold(cls, instance: Any) -> ObjectLoss:
-        """The loss around an object that exists already."""
-        loss = cls.__new__(cls)
-        Loss.__init__(loss)
-        loss.object = instance
-        return loss
-
-
-def annotated_family(function: Callable[..., Any]) -> Family | None:
-    """The family that a function's first argument is annotated with, if it is."""
-    parameters = list(signature(function).parameters.values())
-    annotation = parameters[0].annotation if parameters else None
-    for batch_type in (PreferenceBatch, PolicyBatch):
-        if annotation is batch_type or annotation == batch_type.__name__:
-            return batch_type.family
-    return None

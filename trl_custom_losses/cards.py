@@ -71,6 +71,6 @@ def markdown_table() -> str:
     rows = ["| loss | family | formula | paper |", "|---|---|---|---|"]
     for card in cards:
         formula = "<br>".join(f"`{line.strip()}`" for line in card.formula.splitlines()).replace("|", "\\|")
-        papers = ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in card.papers) or "TRL"
+        papers = ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in card.papers) or card.source
         rows.append(f"| `{card.name}` | {card.family or 'either'} | {formula} | {papers} |")
     return "\n".join(rows)

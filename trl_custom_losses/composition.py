@@ -1,4 +1,4 @@
-"""Weighted sums of losses of one family."""
+"""Losses made of losses: what every composition shares."""
 
 from __future__ import annotations
 
@@ -6,80 +6,79 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from .balancing.balancer import gramian_of, make_balancer
 from .base import Loss, Metrics
 from .errors import LossConfigError
 from .hyperparameters import check_type
 from .reductions import evaluate, reduce_loss
 from .registry import BuildContext, LossFunctionRegistry
+from .schedules import Schedule, as_schedule, is_schedule
 from .types import ModelOutputs, PolicyBatch, PreferenceBatch, Rollout, TokenReduction
+
+Batch = PreferenceBatch | PolicyBatch
+Weight = float | Schedule
 
 #: `<name>_loss` is logged for something else.
 _TAKEN_NAMES = ("total", "policy", "aux", "train", "eval")
 
 
-@LossFunctionRegistry.register("composed")
-class ComposedLoss(Loss):
-    """Weighted sum of losses on one forward pass; each is reduced as it declares.
-
-    loss = sum_k weight_k * reduce_k(loss_k)
-
-    Logs `<component>_loss` (before its weight), `<component>_weight` and `total_loss`. A metric that one component
-    reports keeps its name; one that several report is logged for each as `<component>/<metric>`.
+class LossOfLosses(Loss):
+    """Base of losses that hand (part of) their work to others: it needs what they need and prepares what they prepare.
 
     Args:
-        components: Each `{type, name, weight, **hyperparameters}`; `name` defaults to the type and must be unique,
-            `weight` defaults to 1.
-
-    Errors: No component, two of the same name, or components of different families.
-
-    Source: DPO's `loss_type` lists with `loss_weights` are this sum (Wang et al. 2024, arXiv:2411.10442).
+        components: The losses by name.
     """
 
     composite = True
 
-    def __init__(self, *, components: list) -> None:
+    def __init__(self, components: Mapping[str, Loss]) -> None:
         super().__init__()
-        names, weights, losses = zip(*components, strict=True)
-        repeated = [name for name, count in Counter(names).items() if count > 1]
-        if repeated:
-            raise LossConfigError(f"components share the name {repeated[0]!r}: give each its own 'name'")
-        taken = [name for name in names if name in _TAKEN_NAMES]
-        if taken:
-            raise LossConfigError(
-                f"the metric '{taken[0]}_loss' is the trainer's; choose another component name than {taken[0]!r}"
-            )
-        for name, loss in zip(names, losses, strict=True):
-            loss.name = loss.name or name
-        # Not a ModuleDict, which refuses names such as "type" or "train".
-        self.losses = nn.ModuleList(losses)
-        self.names: tuple[str, ...] = names
-        self.weights: dict[str, float] = dict(zip(names, weights, strict=True))
-        self.family = losses[0].family
-        self.requires = frozenset().union(*(loss.requires for loss in losses))
-        self.columns = tuple(dict.fromkeys(column for loss in losses for column in loss.columns))
-        self.batch_coupled = any(loss.batch_coupled for loss in losses)
-
-    @classmethod
-    def from_hyperparameters(cls, values: Mapping[str, Any], context: BuildContext) -> ComposedLoss:
-        """Build the components; see the class for what `values["components"]` holds."""
-        components = values["components"]
         if not components:
             raise LossConfigError("'components' must list at least one loss")
-        return cls(components=build_components(components, context))
+        for name, loss in components.items():
+            if not isinstance(loss, Loss):
+                raise LossConfigError(
+                    f"component {name!r}: expected a loss object, found {loss!r}; `LossFunctionRegistry.build` makes one "
+                    "of a name, a dict or a function"
+                )
+            if not isinstance(name, str) or not name or "." in name:
+                raise LossConfigError(f"a component's 'name' must be text without dots, found {name!r}")
+            if name in _TAKEN_NAMES:
+                raise LossConfigError(
+                    f"the metric '{name}_loss' is the trainer's; choose another component name than {name!r}"
+                )
+            if sum(other is loss for other in components.values()) > 1:
+                raise LossConfigError(
+                    f"component {name!r}: the same object stands for several components, which would share its state; "
+                    "make one for each"
+                )
+            loss.name = loss.name or name
+        families = sorted({str(loss.family) for loss in components.values()})
+        if len(families) > 1:
+            raise LossConfigError(f"components are of one family, found {' and '.join(families)}")
+        # Not a ModuleDict, which refuses names such as "type" or "train".
+        self.losses = nn.ModuleList(components.values())
+        self.names: tuple[str, ...] = tuple(components)
+        losses = list(components.values())
+        self.family = losses[0].family
+        self.requires = frozenset().union(*(loss.requires for loss in losses))
+        self.rollout_requires = frozenset().union(*(loss.rollout_requires for loss in losses))
+        self.columns = tuple(dict.fromkeys(column for loss in losses for column in loss.columns))
+        self.column_scorers = _scorers_of(losses)
+        self.batch_coupled = any(loss.batch_coupled for loss in losses)
+        self.minimum_batch = max(loss.minimum_batch for loss in losses)
 
     def components(self) -> Iterator[tuple[str, Loss]]:
         """The components by name."""
         return zip(self.names, self.losses, strict=True)
 
-    def leaves(self) -> list[Loss]:
-        return [leaf for loss in self.losses for leaf in loss.leaves()]
-
     @property
     def kl_reduction(self) -> str | TokenReduction:
-        leaves = self.leaves()
-        return next((leaf for leaf in leaves if leaf.surrogate), leaves[0]).kl_reduction
+        surrogate = next((leaf for leaf in self.leaves() if leaf.surrogate), self.losses[0])
+        return surrogate.kl_reduction
 
     @property
     def prepares(self) -> bool:
@@ -91,65 +90,189 @@ class ComposedLoss(Loss):
         prepared: dict[str, Tensor] = {}
         for name, loss in self.components():
             if loss.prepares:
-                prepared |= rollout.scoped_result(name, loss.prepare(rollout))
+                prepared |= Rollout.scoped_result(name, loss.prepare(rollout))
         return prepared
 
-    def forward(self, batch: PreferenceBatch | PolicyBatch, model_outputs: ModelOutputs) -> tuple[Tensor, Metrics]:
+    def contributions(self, batch: Batch, outputs: ModelOutputs) -> tuple[dict[str, Tensor], dict[str, Metrics]]:
+        """Each component's contribution to the step's loss, a scalar before its weight, and its metrics, by name."""
         contributions: dict[str, Tensor] = {}
         reported: dict[str, Metrics] = {}
         for name, loss in self.components():
             scoped = batch.scoped(name)
-            raw, reported[name] = evaluate(loss, scoped, model_outputs)
+            raw, reported[name] = evaluate(loss, scoped, outputs)
             contributions[name] = reduce_loss(loss, raw, scoped)
-        total = sum(self.weights[name] * contribution for name, contribution in contributions.items())
+        return contributions, reported
+
+
+def _scorers_of(losses: Sequence[Loss]) -> dict[str, tuple[str, str]]:
+    """How columns are filled, of several losses, which must agree where they share a column."""
+    scorers: dict[str, tuple[str, str]] = {}
+    for loss in losses:
+        for column, scorer in loss.column_scorers.items():
+            if scorers.setdefault(column, scorer) != scorer:
+                raise LossConfigError(
+                    f"the column '{column}' has two scorers, {scorers[column][1]!r} and {scorer[1]!r}; give one"
+                )
+    return scorers
+
+
+class ComposableLossFunction(LossOfLosses):
+    """Weighted sum of losses on one forward pass: the base of every composition.
+
+    loss = sum_k weight_k * factor_k * reduce_k(loss_k),  factor_k = 1 without balancing
+
+    Logs `<component>_loss` (before its weight), `<component>_weight` (with its factor) and `total_loss`. A metric that
+    one component reports keeps its name; one that several report is logged for each as `<component>/<metric>`. With
+    balancing, also `grad_cosine/<a>/<b>`, the cosine between two components' gradients over the optimizer step.
+
+    Args:
+        components: The losses, by name or in order; in order, their names are those they were registered under.
+        weights: By name or in order, numbers or schedules; 1 where left out.
+        balancing: Gradient balancing: "upgrad", "mgda", "pcgrad", "cagrad", or a dict with `type` and options (see
+            `balancing.GradientBalancer`). The weights scale the objectives before they are balanced.
+
+    Errors: No component, two of the same name, components of different families, a weight for no component.
+    """
+
+    def __init__(
+        self,
+        components: Mapping[str, Loss] | Sequence[Loss],
+        weights: Mapping[str, Weight] | Sequence[Weight] | None = None,
+        *,
+        balancing: str | dict | None = None,
+    ) -> None:
+        named = _by_name(components)
+        super().__init__(named)
+        self.weights: dict[str, float] = dict.fromkeys(named, 1.0)
+        self.weight_schedules: dict[str, Schedule] = {}
+        for name, weight in _weights_by_name(weights, named).items():
+            where = f"component '{name}', 'weight'"
+            if is_schedule(weight):
+                self.weight_schedules[name] = as_schedule(weight, float, where)
+                weight = self.weight_schedules[name].value(0)
+            self.weights[name] = check_type(weight, float, where)
+        self.balancer = None if balancing is None else make_balancer(balancing, self.names)
+        self.factors: dict[str, float] = dict.fromkeys(named, 1.0)
+
+    # Weights
+
+    def current_weights(self) -> dict[str, float]:
+        """The components' weights at this step, before balancing."""
+        return self.weights
+
+    def move_to_step(self, step: int) -> None:
+        super().move_to_step(step)
+        for name, schedule in self.weight_schedules.items():
+            self.weights[name] = schedule.value(step)
+
+    def on_train_begin(self, total_steps: int) -> None:
+        for schedule in self.weight_schedules.values():
+            schedule.begin(total_steps)
+
+    def on_step_begin(self, step: int) -> None:
+        if self.balancer is not None:
+            self.balancer.step = step
+            if self.balancer.source == "previous":
+                self._set_factors(None)
+
+    def on_step_end(self, step: int, observed: Mapping[str, Tensor]) -> Mapping[str, float] | None:
+        if self.balancer is None or "gramian" not in observed:
+            return None
+        self.balancer.update(observed["gramian"])
+        return self.balancer.cosines(observed["gramian"])
+
+    def _set_factors(self, gramian: Tensor | None) -> None:
+        weights = self.current_weights()
+        found = self.balancer.factors(gramian, [weights[name] for name in self.names])
+        self.factors = dict(zip(self.names, found, strict=True))
+
+    def _balance(self, contributions: Mapping[str, Tensor], batch: Batch, outputs: ModelOutputs) -> None:
+        """Observe the angles between the components' gradients; with `gramian: current`, act on them at once."""
+        anchors = outputs.anchors()
+        if self.balancer is None or not torch.is_grad_enabled() or not anchors or not self.training:
+            return
+        fraction = batch.denominators.step_fraction
+        gramian = gramian_of(list(contributions.values()), anchors) * fraction**2
+        self.observe("gramian", gramian)
+        if self.balancer.source == "current":
+            self._set_factors(batch.ranks.sum(gramian.detach()))
+
+    # The loss
+
+    def forward(self, batch: Batch, model_outputs: ModelOutputs) -> tuple[Tensor, Metrics]:
+        contributions, reported = self.contributions(batch, model_outputs)
+        self._balance(contributions, batch, model_outputs)
+        weights = {name: weight * self.factors[name] for name, weight in self.current_weights().items()}
+        total = sum(weights[name] * contribution for name, contribution in contributions.items())
+        return total, self.metrics_of(contributions, weights, total, reported, batch)
+
+    def metrics_of(
+        self,
+        contributions: Mapping[str, Tensor],
+        weights: Mapping[str, float | Tensor],
+        total: Tensor,
+        reported: Mapping[str, Metrics],
+        batch: Batch,
+    ) -> dict[str, Any]:
+        """What the composition logs, and what its components report."""
         # A micro-batch's contribution times their number averages to the loss itself.
         scale = batch.denominators.micro_batches
         own = {}
         for name, contribution in contributions.items():
             own[f"{name}_loss"] = contribution.detach() * scale
-            own[f"{name}_weight"] = contribution.new_full((), self.weights[name])
+            weight = weights[name]
+            own[f"{name}_weight"] = weight if isinstance(weight, Tensor) else contribution.detach().new_full((), weight)
         own["total_loss"] = total.detach() * scale
-        return total, own | merge_metrics(reported, taken=own)
+        return own | merge_metrics(reported, taken=own)
 
     def extra_repr(self) -> str:
-        return f"weights={self.weights}"
+        weights = {name: self.weight_schedules.get(name, weight) for name, weight in self.weights.items()}
+        return f"weights={weights}" + ("" if self.balancer is None else f", balancing={self.balancer.extra_repr()}")
 
 
-def build_components(components: Sequence[Mapping[str, Any]], context: BuildContext) -> list[tuple[str, float, Loss]]:
-    """Build `(name, weight, loss)` for each component of a composition, all of one family.
+def _by_name(components: Mapping[str, Loss] | Sequence[Loss]) -> dict[str, Loss]:
+    if isinstance(components, Mapping):
+        return dict(components)
+    names = [getattr(loss, "name", "") or LossFunctionRegistry.name_of(type(loss)) for loss in components]
+    check_distinct(names)
+    return dict(zip(names, components, strict=True))
 
-    Raises:
-        LossConfigError: A component is malformed, two share a name, or their families differ.
-    """
-    built: list[tuple[str, float, Loss]] = []
-    for index, component in enumerate(components):
-        where = f"component {index + 1}"
-        if not isinstance(component, Mapping) or not isinstance(component.get("type"), str):
-            raise LossConfigError(f"{where}: expected a dict with 'type', found {component!r}")
-        settings = dict(component)
-        name = settings.pop("name", settings["type"].replace(":", ".").rsplit(".", 1)[-1])
-        weight = settings.pop("weight", 1.0)
-        if not isinstance(name, str) or not name or "." in name:
-            raise LossConfigError(f"{where}: 'name' must be text without dots, found {name!r}")
-        weight = check_type(weight, float, f"{where} ('{name}'), 'weight'")
-        for key in ("name", "weight"):
-            if key in LossFunctionRegistry.find(settings["type"], context.family).declared_hyperparameters():
-                raise LossConfigError(
-                    f"{where}: '{key}' is a key of the component, but also a hyperparameter of '{settings['type']}'; "
-                    "rename the hyperparameter"
-                )
-        loss = LossFunctionRegistry.build(settings, context=context)
-        built.append((name, weight, loss))
-    families = sorted({str(loss.family) for _, _, loss in built})
-    if len(families) > 1:
-        raise LossConfigError(f"components are of one family, found {' and '.join(families)}")
-    return built
+
+def check_distinct(names: Sequence[str]) -> None:
+    """Refuse two components of one name."""
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise LossConfigError(f"components share the name {repeated[0]!r}: give each its own 'name'")
+
+
+def _weights_by_name(
+    weights: Mapping[str, Weight] | Sequence[Weight] | None, components: Mapping[str, Loss]
+) -> dict[str, Weight]:
+    if weights is None:
+        return {}
+    if not isinstance(weights, Mapping):
+        if len(weights) != len(components):
+            raise LossConfigError(f"there are {len(components)} components and {len(weights)} weights")
+        return dict(zip(components, weights, strict=True))
+    for name in weights:
+        if name not in components:
+            raise LossConfigError(f"there is a weight for {name!r}, but the components are {', '.join(components)}")
+    return dict(weights)
+
+
+def build_component(config: Any, context: BuildContext, where: str) -> Loss:
+    """Build one component from a name or a dict with `type`; `where` begins the message if it is neither."""
+    if isinstance(config, str):
+        config = {"type": config}
+    if not isinstance(config, Mapping) or not isinstance(config.get("type"), str):
+        raise LossConfigError(f"{where}: expected a loss's name or a dict with 'type', found {config!r}")
+    return LossFunctionRegistry.build(config, context=context)
 
 
 def merge_metrics(reported: Mapping[str, Metrics], taken: Collection[str] = ()) -> dict[str, Any]:
     """Metrics of all components; a name that several report, or that is taken, is prefixed with the component's."""
     times = Counter(key for metrics in reported.values() for key in metrics)
-    times.update(taken)
+    times.update(list(taken))  # of a mapping, a counter would add the values
     return {
         key if times[key] == 1 else f"{component}/{key}": value
         for component, metrics in reported.items()
@@ -157,4 +280,4 @@ def merge_metrics(reported: Mapping[str, Metrics], taken: Collection[str] = ()) 
     }
 
 
-__all__ = ["ComposedLoss", "build_components", "merge_metrics"]
+__all__ = ["ComposableLossFunction", "LossOfLosses", "build_component", "check_distinct", "merge_metrics"]

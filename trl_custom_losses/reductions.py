@@ -67,11 +67,13 @@ REDUCTIONS: dict[str, TokenReduction] = {
 
 
 def evaluate(loss: Loss, batch: PreferenceBatch | PolicyBatch, outputs: ModelOutputs) -> tuple[Tensor, Metrics]:
-    """Call a loss and check that it returned a tensor and a dict of metrics."""
+    """Call a loss and check that it returned a tensor and a dict of metrics; adds its scheduled hyperparameters."""
     result = loss(batch, outputs)
     found = tuple(map(type, result)) if isinstance(result, tuple) else ()
     if len(found) == 2 and issubclass(found[0], Tensor) and issubclass(found[1], Mapping):
-        return result
+        raw, metrics = result
+        moving = {name: raw.detach().new_full((), value) for name, value in loss.moving().items()}
+        return raw, {**moving, **metrics}
     raise _wrong_result(loss, result)
 
 

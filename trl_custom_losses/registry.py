@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from .adapters import as_loss_class, check_facts, facts_of, import_loss
-from .base import Loss, LossFunction, ObjectLoss
+from .base import Loss, LossFunction
 from .errors import LossConfigError, UnknownLossError
+from .foreign import ObjectLoss
 from .hyperparameters import resolve, suggestion
+from .scheduling import put_schedules, take_schedules
 from .types import REQUIREMENTS, Family
 
 ENTRY_POINT_GROUP = "trl_custom_losses.losses"
@@ -94,6 +96,13 @@ class LossFunctionRegistry:
         return sorted(name for name, loss in cls._functions.items() if family is None or loss.family in (family, None))
 
     @classmethod
+    def name_of(cls, loss_class: type) -> str:
+        """The name that a class is registered under, or else its own."""
+        cls._load()
+        names = (name for name, registered in cls._functions.items() if registered is loss_class)
+        return next(names, loss_class.__name__)
+
+    @classmethod
     def build(
         cls,
         config: str | Mapping[str, Any] | LossFunction,
@@ -141,9 +150,12 @@ class LossFunctionRegistry:
         # Fields of the trainer's config mean what they say within its own family only.
         own = context.family is not None and loss_class.family == context.family
         defaults = context.defaults if own else {}
+        settings = _without_aliases(type_, loss_class, settings)
+        settings, schedules = take_schedules(type_, declared, settings)
         values, origins = resolve(type_, declared, settings, defaults, context.defaults_from, context.untouched)
         try:
             loss = loss_class.from_hyperparameters(values, context)
+            put_schedules(loss, schedules, lambda changed: loss_class.from_hyperparameters(values | changed, context))
         except LossConfigError as error:
             raise LossConfigError(f"loss '{type_}': {error}") from error
         except Exception as error:  # whatever the constructor of somebody's loss raises
@@ -176,7 +188,6 @@ class LossFunctionRegistry:
             return
         cls._loaded = True
         importlib.import_module(f"{__package__}.losses")
-        importlib.import_module(f"{__package__}.composition")
         for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
             try:
                 loss = entry_point.load()
@@ -187,6 +198,17 @@ class LossFunctionRegistry:
                 warnings.warn(
                     f"the loss '{entry_point.name}' ({entry_point.value}) could not be loaded: {error}", stacklevel=2
                 )
+
+
+def _without_aliases(name: str, loss_class: type[Loss], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config gives, under the hyperparameters' own names."""
+    renamed: dict[str, Any] = {}
+    for key, value in settings.items():
+        own = loss_class.aliases.get(key, key)
+        if own in renamed:
+            raise LossConfigError(f"loss '{name}': '{own}' is given twice, also under another of its names")
+        renamed[own] = value
+    return renamed
 
 
 def _from_object(loss: Any, context: BuildContext) -> Loss:

@@ -87,11 +87,11 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no components": ({"type": "composed", "components": []}, {}, "at least one"),
     "components of one name": (components("sft", "sft"), {}, "share the name 'sft'"),
     "component without type": ({"type": "composed", "components": [{"weight": 1.0}]}, {}, "component 1.*'type'"),
-    "weight that is no number": (components("sft", weight="1"), {}, "component 1.*'sft'.*'weight'.*found '1'"),
+    "weight that is no number": (components("sft", weight="1"), {}, "component 'sft', 'weight'.*found '1'"),
     "infinite weight": (
         components("sft", weight=float("inf")),
         {},
-        "component 1.*'sft'.*'weight'.*found inf",
+        "component 'sft', 'weight'.*found inf",
     ),
     "unknown requirement": (f"{HERE}:NeedsTheMoon", {}, "pooled_hiden.*did you mean 'pooled_hidden'"),
     "unknown reduction": (f"{HERE}:ReducesOddly", {}, "token_men.*did you mean 'token_mean'"),

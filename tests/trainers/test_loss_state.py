@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests import tiny
-from trl_custom_losses import CustomDPOConfig, CustomDPOTrainer, LossConfigError, PreferenceLoss
+from trl_custom_losses import CustomDPOConfig, CustomDPOTrainer, LossConfigError
 from trl_custom_losses.losses.preference import SigmoidLoss
 
 
@@ -68,22 +68,68 @@ def test_evaluation_does_not_move_the_state(dense_model, run_arguments):
     assert torch.equal(quiet.loss_function.mean, evaluated.loss_function.mean)
 
 
-def test_trainable_parameters_are_refused_rather_than_never_trained(dense_model, run_arguments):
-    class Learned(PreferenceLoss):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(()))
+class Learned(SigmoidLoss):
+    """DPO times a learned factor, which wants to be small."""
 
-        def forward(self, batch, model_outputs):
-            return -self.scale * model_outputs.logps, {}
+    def __init__(self, *, learning_rate: float | None = None, **options) -> None:
+        super().__init__(**options)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.learning_rate = learning_rate
 
-    with pytest.raises(LossConfigError, match=r"trainable parameters \(scale"):
-        CustomDPOTrainer(
-            model="/nonexistent",
-            args=CustomDPOConfig(**run_arguments),
-            train_dataset=tiny.preference_data(),
-            loss_function=Learned(),
-        )
+    def forward(self, batch, model_outputs):
+        return -self.scale * nn.functional.logsigmoid(self.margin(model_outputs)), {"scale": self.scale.detach()}
+
+
+def learning(model: Path, arguments: dict, *, learning_rate: float | None, **options) -> CustomDPOTrainer:
+    return CustomDPOTrainer(
+        model=tiny.load_model(model),
+        args=CustomDPOConfig(**{**arguments, "per_device_train_batch_size": 2, "max_steps": 4, **options}),
+        train_dataset=tiny.preference_data(),
+        processing_class=tiny.tokenizer(),
+        loss_function=Learned(beta=1.0, learning_rate=learning_rate),
+    )
+
+
+@pytest.mark.parametrize("own, expected", [(0.1, 0.1), (None, 1e-3)])
+def test_trainable_parameters_are_trained_with_their_own_learning_rate(dense_model, run_arguments, own, expected):
+    run = learning(dense_model, run_arguments, learning_rate=own, lr_scheduler_type="constant", weight_decay=0.5)
+    run.train()
+    group = run.optimizer.param_groups[-1]
+    assert group["params"] == [run.loss_function.scale] and (group["lr"], group["weight_decay"]) == (expected, 0.0)
+    # Adam moves a parameter with a steady gradient by its learning rate at every step.
+    assert run.loss_function.scale.item() == pytest.approx(1 - 4 * expected, rel=1e-2)
+    assert run.loss_function.scale.grad is None
+
+
+def test_a_learned_parameters_gradient_is_that_of_one_step(dense_model, run_arguments):
+    """With plain SGD the sum of all steps' gradients, each counted once, is what the parameter has moved by."""
+    run = learning(dense_model, run_arguments, learning_rate=0.5, optim="sgd", lr_scheduler_type="constant")
+    run.train()
+    scales = [entry["scale"] for entry in run.state.log_history if "scale" in entry] + [run.loss_function.scale.item()]
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    for before, after, loss in zip(scales, scales[1:], losses, strict=False):
+        assert before - after == pytest.approx(0.5 * loss / before, rel=1e-4)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_resumed_run_continues_learned_parameters_bit_for_bit(dense_model, run_arguments, accumulation):
+    options = {"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": accumulation}
+    whole = learning(dense_model, run_arguments, learning_rate=0.1, **options)
+    whole.train()
+    resumed = learning(dense_model, run_arguments, learning_rate=0.1, **options)
+    resumed.train(resume_from_checkpoint=str(Path(run_arguments["output_dir"]) / "checkpoint-2"))
+    assert torch.equal(resumed.loss_function.scale, whole.loss_function.scale)
+    assert whole.loss_function.scale != 1
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_second_training_holds_the_parameters_once(dense_model, run_arguments):
+    run = learning(dense_model, run_arguments, learning_rate=0.1)
+    run.train()
+    run.train()
+    held = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
+    assert sum(parameter is run.loss_function.scale for parameter in held) == 1
 
 
 def test_tensors_that_share_memory_are_saved(dense_model, run_arguments):

@@ -14,31 +14,34 @@ logger = logging.getLogger("trl_custom_losses")
 
 
 def describe(loss: Loss) -> str:
-    """The loss and its components with every resolved hyperparameter and where it came from, one a line."""
-    lines = []
-    for name, leaf in named_leaves(loss):
-        values = ", ".join(f"{name}={value!r} ({leaf.origins[name]})" for name, value in leaf.hyperparameters().items())
-        label = leaf.name if name in ("", leaf.name) else f"{name} ({leaf.name})"
-        lines.append(f"  {label}: {values or 'no hyperparameters'}")
-    head = f"  {loss.name}: {loss.extra_repr()}\n" if loss.composite else ""
-    return head + "\n".join(lines)
+    """The loss and all that it is made of, one a line, with every resolved hyperparameter and where it came from."""
+    return "\n".join(_line(name, part) for name, part in named_tree(loss))
 
 
-def named_leaves(loss: Loss, name: str = "") -> list[tuple[str, Loss]]:
-    """The losses of a tree with the names of the components they are, "outer/inner"."""
-    if not hasattr(loss, "components"):
-        return [(name, loss)]
+def _line(name: str, loss: Loss) -> str:
+    label = loss.name if name in ("", loss.name) else f"{name} ({loss.name})"
+    if loss.composite:  # what it holds follows; its own hyperparameters describe that
+        return f"  {label}: {loss.extra_repr()}"
+    values = ", ".join(f"{key}={value!r} ({loss.origins[key]})" for key, value in loss.hyperparameters().items())
+    return f"  {label}: {values or 'no hyperparameters'}"
+
+
+def named_tree(loss: Loss, name: str = "") -> list[tuple[str, Loss]]:
+    """The losses of a tree, depth first, with the names of the components they are, "outer/inner"."""
     return [
-        leaf
-        for component, child in loss.components()
-        for leaf in named_leaves(child, f"{name}/{component}" if name else component)
+        (name, loss),
+        *(
+            part
+            for component, child in loss.components()
+            for part in named_tree(child, f"{name}/{component}" if name else component)
+        ),
     ]
 
 
 def surprises(loss: Loss, config: Any) -> list[str]:
     """What a user may not expect of how hyperparameters were resolved."""
     messages, fields = [], objective_fields(config)
-    for _, leaf in named_leaves(loss):
+    for _, leaf in named_tree(loss):
         for name, value in leaf.hyperparameters().items():
             origin = leaf.origins[name]
             if NOT_ITS_OWN in origin:

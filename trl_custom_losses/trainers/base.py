@@ -8,17 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import get_config_model_id
 
 from ..base import Loss
+from ..callbacks import LossFunctionCallback
 from ..errors import LossConfigError, NonFiniteLossError
+from ..types import Ranks
 from .announce import describe, logger, surprises
+from .column_scores import fill_columns
 from .columns import COLUMN_PREFIX, check_columns
 from .config import build_loss, check_parallelism
-from .forward import find_backbone
+from .forward import check_dropout, find_backbone
+from .learned import LearnedParametersCallback, add_to_optimizer, check_trainable, learned_parameters
+from .loss_state import check_state, read_state, write_state
 from .metric_buffer import MetricBuffer
 
 #: What Trainer and TRL log themselves.
@@ -56,9 +60,6 @@ _TRAINER_METRICS = frozenset(
 )
 _TRAINER_PREFIXES = ("rewards/", "completions/", "sampling/", "tools/", "profiling/")
 
-#: File of a checkpoint that holds the loss's buffers.
-_STATE_FILE = "loss_function.safetensors"
-
 
 class LossFunctionTrainer:
     """Mixed into a TRL trainer, in front of it. Without a loss function every method hands over to TRL.
@@ -90,22 +91,13 @@ class LossFunctionTrainer:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             config = arguments["args"] = self._default_config(f"{name.split('/')[-1]}-{self._default_suffix}")
         loss = build_loss(chosen, config)
-        trainable = [name for name, parameter in loss.named_parameters() if parameter.requires_grad]
-        if trainable:
-            raise LossConfigError(
-                f"the loss '{loss.name}' has trainable parameters ({', '.join(trainable)}), which no optimizer would "
-                "train; make them buffers, or set `requires_grad=False`"
-            )
-        foreign = [name for name, value in loss.state_dict().items() if not isinstance(value, Tensor)]
-        if foreign:
-            raise LossConfigError(
-                f"the loss '{loss.name}' has state that is no tensor ({', '.join(foreign)}), which a checkpoint "
-                "could not hold; keep state in buffers"
-            )
+        check_state(loss)
         self.loss_function = loss
         self._columns = tuple(loss.columns)
-        check_columns(loss, arguments.get("train_dataset"), "train_dataset")
-        check_columns(loss, arguments.get("eval_dataset"), "eval_dataset")
+        for which in ("train_dataset", "eval_dataset"):
+            if which in arguments:
+                arguments[which] = fill_columns(loss, arguments[which], which)
+                check_columns(loss, arguments[which], which)
         return arguments
 
     def _set_up_loss(self) -> None:
@@ -120,12 +112,49 @@ class LossFunctionTrainer:
         self.loss_function.to(device)
         # What the loss keeps in evaluation mode, such as a frozen scorer, stays so.
         self._always_evaluating = [module for module in self.loss_function.modules() if not module.training]
-        if "pooled_hidden" in self.loss_function.requires:
-            self._backbone()
+        self._ranks = Ranks(
+            index=self.accelerator.process_index,
+            count=self.accelerator.num_processes,
+            sum=lambda tensor: self.accelerator.reduce(tensor, "sum"),
+            gather=lambda tensor: self.accelerator.gather(tensor.detach()),
+        )
+        self._needs_hidden = bool(
+            {"pooled_hidden", "sequence_hidden"} & (self.loss_function.requires | self.loss_function.rollout_requires)
+        )
+        self._backbone()
+        if "second_logits" in self.loss_function.requires:
+            check_dropout(self.accelerator.unwrap_model(self.model), self.loss_function.name)
+        check_trainable(self.loss_function, self.accelerator)
+        self._check_batch_size()
+        self.add_callback(LossFunctionCallback(self.loss_function, self.accelerator, self._log_step))
+        if learned_parameters(self.loss_function):
+            self.add_callback(LearnedParametersCallback(self.loss_function, self.accelerator))
         if self.accelerator.is_main_process:
             logger.info("Loss function:\n%s", describe(self.loss_function))
             for message in surprises(self.loss_function, self.args):
                 logger.warning(message)
+
+    def _check_batch_size(self) -> None:
+        """Refuse micro-batches too small for a loss that compares pairs or sequences with one another."""
+        size = self.args.per_device_train_batch_size * self.accelerator.num_processes
+        if size < self.loss_function.minimum_batch:
+            raise LossConfigError(
+                f"the loss '{self.loss_function.name}' compares at least {self.loss_function.minimum_batch} "
+                f"{'pairs' if self.loss_function.family == 'preference' else 'sequences'} of a micro-batch over all "
+                f"ranks, found per_device_train_batch_size x processes = {size}"
+            )
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """TRL's, which also trains what the loss learns."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.loss_function is not None and learned_parameters(self.loss_function):
+            add_to_optimizer(self.loss_function, optimizer)
+        return optimizer
+
+    def _log_step(self, metrics: Mapping[str, float]) -> None:
+        """Buffer metrics that are equal on all ranks."""
+        named = self._named(metrics)
+        self._buffers["train"].add({name: (value, 1.0, "log", "mean") for name, value in named.items()})
 
     def _loss_in_mode(self) -> Loss:
         """The loss, in the model's mode, so that its state moves in training only."""
@@ -136,7 +165,7 @@ class LossFunctionTrainer:
 
     def _backbone(self) -> nn.Module | None:
         """The module that yields the last hidden state, if the loss needs it."""
-        if "pooled_hidden" not in self.loss_function.requires:
+        if not self._needs_hidden:
             return None
         if self._backbone_module is None:
             self._backbone_module = find_backbone(self.accelerator.unwrap_model(self.model))
@@ -171,6 +200,12 @@ class LossFunctionTrainer:
                 self._buffers["train"].compact(self.accelerator.gather)
         return super()._maybe_log_save_evaluate(*args, **kwargs)
 
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """TRL's; a data set given here gets the columns that the loss can have made, as those of the constructor."""
+        if self.loss_function is not None and not isinstance(eval_dataset, str):
+            eval_dataset = fill_columns(self.loss_function, eval_dataset, "eval_dataset")
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         output = super().evaluation_loop(*args, **kwargs)
         if self.loss_function is not None:
@@ -198,22 +233,15 @@ class LossFunctionTrainer:
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """TRL's; a checkpoint also gets the loss's buffers, before it is pushed anywhere."""
         super().save_model(output_dir, _internal_call)
-        state = {} if self.loss_function is None else self.loss_function.state_dict()
         folder = Path(output_dir or self.args.output_dir)
-        if state and self.args.should_save and _internal_call and folder.name.startswith(PREFIX_CHECKPOINT_DIR):
-            written = folder / f".{_STATE_FILE}"
-            # Clones, since tensors that share memory cannot be written.
-            save_file({name: value.detach().cpu().clone().contiguous() for name, value in state.items()}, written)
-            written.replace(folder / _STATE_FILE)  # so that a half-written file is never read
+        checkpoint = _internal_call and folder.name.startswith(PREFIX_CHECKPOINT_DIR)
+        if self.loss_function is not None and self.args.should_save and checkpoint:
+            write_state(self.loss_function, folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or self.loss_function is None or not self.loss_function.state_dict():
-            return
-        file = Path(checkpoint) / _STATE_FILE
-        if not file.exists():
-            raise FileNotFoundError(f"the loss '{self.loss_function.name}' has state, but the checkpoint lacks {file}")
-        self.loss_function.load_state_dict(load_file(file, device=str(self.accelerator.device)))
+        if checkpoint is not None and self.loss_function is not None:
+            read_state(self.loss_function, Path(checkpoint))
 
     # NaN and infinity
 
@@ -256,3 +284,5 @@ class LossFunctionTrainer:
         """Forget the optimizer step under way, so that training can be started again."""
         self._nonfinite = {}
         self._buffers["train"] = MetricBuffer(self.accelerator.device)
+        for loss in self.loss_function.tree():
+            loss.take_observed()

@@ -25,15 +25,21 @@ def check_columns(loss: Loss, dataset: Any, which: str) -> None:
         for name, part in dataset.items():
             check_columns(loss, part, f"{which}[{name!r}]")
         return
-    names = dataset.column_names if isinstance(dataset, Dataset) else getattr(dataset, "column_names", None)
-    if names is None:
-        names = list(next(iter(dataset), {}))
+    names = column_names(dataset)
     for column in loss.columns:
         if column not in names:
+            could = any(column in leaf.columns and hasattr(leaf, "scorer") for leaf in loss.leaves())
             raise LossConfigError(
                 f"the loss '{loss.name}' needs the column '{column}', which `{which}` lacks"
                 f"{suggestion(column, names)}; it has {', '.join(names)}"
+                + ("; a `scorer` of the loss could fill it" if could else "")
             )
+
+
+def column_names(dataset: Any) -> list[str]:
+    """Names of a data set's columns; a stream that does not know them is asked for its first example."""
+    names = dataset.column_names if isinstance(dataset, Dataset) else getattr(dataset, "column_names", None)
+    return list(next(iter(dataset), {})) if names is None else names
 
 
 def column_values(examples: list[Mapping[str, Any]], column: str) -> Tensor | list[Any]:

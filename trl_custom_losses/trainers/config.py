@@ -147,11 +147,13 @@ def _check_dpo_options(loss: Loss, config: Any) -> None:
                 f"`use_weighting=True` weights single pairs, but the loss '{leaf.name}' couples the pairs of a batch; "
                 "set `use_weighting=False`"
             )
-        if config.precompute_ref_log_probs and "ref_per_token_logps" in leaf.requires:
-            raise LossConfigError(
-                f"the loss '{leaf.name}' needs per-token reference log-probabilities, but "
-                "`precompute_ref_log_probs=True` keeps only their sums; set it to False"
-            )
+    # A composition may need them for itself; the last of the tree that needs them is an innermost one.
+    needing = [part.name for part in loss.tree() if "ref_per_token_logps" in part.requires]
+    if config.precompute_ref_log_probs and needing:
+        raise LossConfigError(
+            f"the loss '{needing[-1]}' needs per-token reference log-probabilities, but "
+            "`precompute_ref_log_probs=True` keeps only their sums; set it to False"
+        )
 
 
 def _check_grpo_options(loss: Loss, config: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,12 +11,12 @@ from torch import Tensor, nn
 from trl import DPOTrainer
 
 from ..reductions import evaluate, reduce_loss
+from ..summaries import summarise
 from ..types import Denominators, ModelOutputs, PreferenceBatch, masked_sum
 from .base import LossFunctionTrainer
 from .columns import COLUMN_PREFIX, ColumnCollator
 from .config import CustomDPOConfig
 from .forward import PolicyForward, RecordingModel
-from .metric_buffer import summarise
 
 
 class CustomDPOTrainer(LossFunctionTrainer, DPOTrainer):
@@ -66,7 +67,8 @@ class CustomDPOTrainer(LossFunctionTrainer, DPOTrainer):
         counts = torch.cat((tokens.new_tensor([pairs]), tokens)).to(self.accelerator.device, torch.float32)
         # The Trainer divides by the number of micro-batches, and ranks are averaged: undo both here.
         counts = self.accelerator.reduce(counts, "sum").clamp(min=1) / (len(masks) * self.accelerator.num_processes)
-        return Denominators(sequences=counts[0], tokens=counts[1], chosen_tokens=counts[2])
+        fraction = 1 / (len(masks) * self.accelerator.num_processes)
+        return Denominators(sequences=counts[0], tokens=counts[1], chosen_tokens=counts[2], step_fraction=fraction)
 
     def compute_loss(
         self,
@@ -114,8 +116,9 @@ class CustomDPOTrainer(LossFunctionTrainer, DPOTrainer):
             entropies=output.entropy[:, -length:],
             completion_lengths=inputs["completion_mask"].sum(1),
             token_weights=self._token_weights(mask),
-            pooled_hidden=forward.pooled_hidden(inputs["completion_mask"]),
             logits=forward.logits,
+            second_logits=forward.second_logits,
+            **forward.hidden_fields(inputs["completion_mask"], inputs["attention_mask"]),
             **self._reference(inputs, length),
         )
         batch = PreferenceBatch(
@@ -124,7 +127,8 @@ class CustomDPOTrainer(LossFunctionTrainer, DPOTrainer):
             mask=mask,
             columns=columns,
             pair_weights=self._pair_weights(output, outputs),
-            denominators=self._denominators(),
+            ranks=self._ranks,
+            denominators=self._denominators(mask.size(0) // 2),
         )
         raw, metrics = evaluate(loss_function, batch, outputs)
         loss = reduce_loss(loss_function, raw, batch)
@@ -139,12 +143,12 @@ class CustomDPOTrainer(LossFunctionTrainer, DPOTrainer):
                 return loss, model(**model_inputs, **router)
         return loss
 
-    def _denominators(self) -> Denominators | None:
+    def _denominators(self, pairs: int) -> Denominators | None:
         """The optimizer step's, for a micro-batch that the training loop announced; else the micro-batch's own."""
         if not self.model.training or self._window_left == 0:
             return None
         self._window_left -= 1
-        return self._window
+        return replace(self._window, share=pairs * self._window.step_fraction / self._window.sequences)
 
     def _reference(self, inputs: dict[str, Any], length: int) -> dict[str, Tensor]:
         """Reference log-probabilities: precomputed sums, or one forward through the reference TRL chooses."""

@@ -26,6 +26,8 @@ class PolicyForward:
         requires: Fields that the loss declared.
         temperature: What logits are divided by before the softmax.
         log_sum_sq_probs: Whether WPO's weights need log sum_v p_v^2.
+        positions: How many of the last positions `logits` and what is computed from them hold; None for all. Cut here
+            and not later, so that log-probabilities are computed from the very tensor that the loss sees.
     """
 
     def __init__(
@@ -36,22 +38,29 @@ class PolicyForward:
         requires: Collection[str],
         temperature: float = 1.0,
         log_sum_sq_probs: bool = False,
+        positions: int | None = None,
     ) -> None:
         self.model = model
         self.backbone = backbone
         self.requires = requires
         self.temperature = temperature
         self.log_sum_sq_probs = log_sum_sq_probs
+        self.first_position = 0 if positions is None else -positions
         self.hidden: Tensor | None = None
         self.logits: Tensor | None = None
+        self.second_logits: Tensor | None = None
 
     def __call__(self, *, labels: Tensor, fused_lm_head: bool = True, **kwargs: Any) -> Any:
         handle = None
-        if "pooled_hidden" in self.requires:
+        if {"pooled_hidden", "sequence_hidden"} & set(self.requires):
             handle = self.backbone.register_forward_hook(self._keep_hidden)
         try:
             if "logits" in self.requires:
-                return self._unfused(labels, kwargs)
+                outputs = self._unfused(labels, kwargs)
+                if "second_logits" in self.requires:
+                    # Without dropout, as in evaluation, it would only repeat the first.
+                    self.second_logits = self._logits(labels, kwargs)[0] if self.model.training else self.logits
+                return outputs
             return self.model(**kwargs, labels=labels, fused_lm_head=fused_lm_head)
         finally:
             if handle is not None:
@@ -61,11 +70,9 @@ class PolicyForward:
         self.hidden = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
 
     def _unfused(self, labels: Tensor, kwargs: dict[str, Any]) -> SimpleNamespace:
-        outputs = self.model(**kwargs)
-        # Prompt-learning adapters prepend positions; the last ones are the tokens that were passed in.
-        logits = outputs.logits[:, -labels.size(1) :][:, :-1].float() / self.temperature  # (N, L - 1, V)
+        logits, outputs = self._logits(labels, kwargs)
         self.logits = logits
-        targets = labels[:, 1:]
+        targets = labels[:, 1:][:, self.first_position :]
         scored = targets != -100
         log_normaliser = torch.logsumexp(logits, dim=-1)
         chosen = logits.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
@@ -82,17 +89,39 @@ class PolicyForward:
         is_top1 = (logits.detach().argmax(-1) == targets) & scored
         return SimpleNamespace(**masked, is_top1=is_top1, aux_loss=getattr(outputs, "aux_loss", None))
 
-    def pooled_hidden(self, completion_mask: Tensor) -> Tensor | None:
-        """Mean last hidden state over completion tokens, float32, (N, H), if the loss required it.
+    def _logits(self, labels: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """Logits that predict each token but the first, or the last ones, over the temperature, (N, T, V), and the
+        model's output."""
+        outputs = self.model(**kwargs)
+        # Prompt-learning adapters prepend positions; the last ones are the tokens that were passed in.
+        logits = outputs.logits[:, -labels.size(1) :][:, :-1][:, self.first_position :]
+        return logits.float() / self.temperature, outputs
+
+    def hidden_fields(self, completion_mask: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        """The fields of `ModelOutputs` made of hidden states that the loss required.
 
         Args:
-            completion_mask: 1 on completion tokens (not shifted), (N, L), L the last L positions of the sequence.
+            completion_mask: 1 on scored completion tokens (not shifted), (N, L), the last L positions.
+            attention_mask: 1 on tokens of prompt and completion, (N, L'), the last L' positions.
         """
-        if self.hidden is None:
-            return None
-        hidden = self.hidden[:, -completion_mask.size(1) :]
-        weights = completion_mask.to(device=hidden.device, dtype=torch.float32)
-        summed = torch.einsum("nlh,nl->nh", hidden.float(), weights)
+        fields = {}
+        if "pooled_hidden" in self.requires:
+            fields["pooled_hidden"] = self.pooled(completion_mask)
+        if "sequence_hidden" in self.requires:
+            with torch.no_grad():
+                fields["sequence_hidden"] = self.pooled(attention_mask)
+        return fields
+
+    def pooled(self, mask: Tensor) -> Tensor:
+        """Mean last hidden state over the positions where `mask` is 1, float32, (N, H).
+
+        Args:
+            mask: (N, L), for the last L positions of the sequence.
+        """
+        hidden = self.hidden[:, -mask.size(1) :]
+        weights = mask.to(device=hidden.device, dtype=torch.float32)
+        with torch.autocast(hidden.device.type, enabled=False):  # which would compute the product in half precision
+            summed = torch.einsum("nlh,nl->nh", hidden.float(), weights)
         return summed / weights.sum(1, keepdim=True).clamp(min=1)
 
 
@@ -122,3 +151,22 @@ def find_backbone(model: nn.Module) -> nn.Module:
             "(`base_model`) to take it from"
         )
     return backbone
+
+
+def check_dropout(model: nn.Module, loss: str) -> None:
+    """Refuse a model without dropout for a loss that compares two stochastic passes.
+
+    Raises:
+        LossConfigError: No module drops anything.
+    """
+    # Attention layers without a module for it hold their dropout as a number; the model's config is not asked, since
+    # `disable_dropout` leaves it as it was.
+    rates = [
+        module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
+        for module in model.modules()
+    ]
+    if not any(isinstance(rate, float) and rate > 0 for rate in rates):
+        raise LossConfigError(
+            f"the loss '{loss}' compares two forward passes with different dropout, but the model has none: set a "
+            "dropout (in the model's config, or `lora_dropout`) and `disable_dropout=False`"
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,23 +13,17 @@ from trl.extras.profiling import profiling_decorator
 
 from ..losses.policy.importance import log_importance_weights
 from ..reductions import evaluate, reduce_loss, reduce_values
-from ..types import Denominators, ModelOutputs, PolicyBatch, Rollout
+from ..summaries import summarise
+from ..types import Denominators, ModelOutputs, PolicyBatch
 from .base import LossFunctionTrainer
 from .columns import COLUMN_PREFIX, column_values
 from .config import CustomGRPOConfig
 from .forward import PolicyForward
-from .metric_buffer import summarise
+from .rollout import FORWARD_OPTIONS, make_rollout
 
 _TRL_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 
 _REWARDS, _GROUPS, _PREPARED_PREFIX = "loss_rewards", "loss_group_ids", "loss_prepared:"
-
-# What TRL's per-token forward takes besides ids, mask and lengths: image tensors and the like.
-_FORWARD_OPTIONS = tuple(
-    name
-    for name, parameter in inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters.items()
-    if parameter.default is None and name != "batch_size"
-)
 
 
 class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
@@ -55,7 +48,9 @@ class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
     def __init__(self, *args: Any, loss_function: Any = None, **kwargs: Any) -> None:
         arguments = self._choose_loss(GRPOTrainer, loss_function, args, kwargs)
         config = arguments.get("args")
-        requires = () if self.loss_function is None else self.loss_function.requires
+        requires = set()
+        if self.loss_function is not None:
+            requires = self.loss_function.requires | self.loss_function.rollout_requires
         # At beta = 0 TRL builds no reference at all, but the loss asks for its log-probabilities.
         self._reference_for_loss = config is not None and config.beta == 0 and "ref_per_token_logps" in requires
         with self._reference_switched_on(config), self._loss_shown(config):
@@ -126,17 +121,7 @@ class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
         output |= {COLUMN_PREFIX + name: value for name, value in columns.items()}
         if not self.loss_function.prepares:
             return
-        rollout = Rollout(
-            rewards=rewards,
-            reward_weights=self.reward_weights.to(rewards.device),
-            advantages=self.accelerator.gather(output["advantages"]),
-            group_ids=groups,
-            completion_ids=output["completion_ids"],
-            mask=output["completion_mask"] * output.get("tool_mask", 1),
-            columns=columns,
-            local=local,
-            gather=self.accelerator.gather,
-        )
+        rollout = make_rollout(self, output, rewards, groups, local, columns)
         with torch.no_grad():
             prepared = self.loss_function.prepare(rollout)
         for name, value in prepared.items():
@@ -217,23 +202,24 @@ class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
         """One forward pass through TRL's own per-token path; also the MoE auxiliary loss."""
         completion_mask = inputs["completion_mask"]
         mask = completion_mask * inputs["tool_mask"] if "tool_mask" in inputs else completion_mask
+        attention_mask = torch.cat((inputs["prompt_mask"], completion_mask), dim=1)
         forward = PolicyForward(
             model,
             backbone=self._backbone(),
             requires=self.loss_function.requires,
             temperature=self.temperature,
+            positions=completion_mask.size(1),
         )
         logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(
             forward,
             torch.cat((inputs["prompt_ids"], inputs["completion_ids"]), dim=1),
-            torch.cat((inputs["prompt_mask"], completion_mask), dim=1),
+            attention_mask,
             completion_mask.size(1),
             compute_entropy=True,
             compute_aux_loss=self.aux_loss_enabled,
-            **{name: inputs.get(name) for name in _FORWARD_OPTIONS},
+            **{name: inputs.get(name) for name in FORWARD_OPTIONS},
         )
         old = inputs.get("old_per_token_logps")
-        logits = None if forward.logits is None else forward.logits[:, -completion_mask.size(1) :]
         outputs = ModelOutputs(
             per_token_logps=logps,
             mask=mask,
@@ -241,8 +227,8 @@ class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
             # Generation aligned with the optimizer step: the policy that generated is this one.
             old_per_token_logps=logps.detach() if old is None else old,
             ref_per_token_logps=inputs.get("ref_per_token_logps"),
-            pooled_hidden=forward.pooled_hidden(mask),
-            logits=logits,
+            logits=forward.logits,
+            **forward.hidden_fields(mask, attention_mask),
         )
         return outputs, aux_loss
 
@@ -280,6 +266,7 @@ class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
                 for name, value in inputs.items()
                 if name.startswith(_PREPARED_PREFIX)
             },
+            ranks=self._ranks,
             denominators=self._denominators(inputs, outputs.mask, accumulation),
         )
 
@@ -291,7 +278,14 @@ class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
             tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
             if self.model.training:
                 tokens = tokens * accumulation / self.args.steps_per_generation
-        return Denominators(sequences=mask.size(0) * accumulation, tokens=tokens, micro_batches=accumulation)
+        processes = self.accelerator.num_processes
+        return Denominators(
+            sequences=mask.size(0) * accumulation,
+            tokens=tokens,
+            micro_batches=accumulation,
+            share=1 / (accumulation * processes),  # TRL's micro-batches are of one size
+            step_fraction=1 / processes,
+        )
 
     def _per_token_kl(self, outputs: ModelOutputs) -> Tensor | None:
         """Schulman's k3 estimate of KL(policy || reference), (B, T), nats; None at beta = 0."""

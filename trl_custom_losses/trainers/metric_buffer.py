@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..types import Metric
-
 #: Micro-batches that are kept apart before `compact` folds them into running sums.
 _MOST_ROWS = 1024
 
@@ -28,7 +26,8 @@ class MetricBuffer:
 
     A metric averaged per "log" is the total sum over the total count since the last log. One per "micro_batch" is
     the mean over micro-batches of each one's sum over count, both taken over all ranks: the value TRL logs. "min" and
-    "max" are taken over all ranks' sequences of a micro-batch and then averaged over micro-batches.
+    "max" are taken over all ranks' sequences of a micro-batch and then averaged over micro-batches. "exp" is the
+    exponential of what is averaged per "log".
 
     Args:
         device: Where the metrics are kept.
@@ -40,6 +39,7 @@ class MetricBuffer:
         self._dtype = torch.float32 if self._device.type == "mps" else torch.float64
         self._rows: list[tuple[tuple[_Key, ...], Tensor]] = []
         self._totals: dict[str, list[float]] = {}  # name -> sum, count
+        self._exponentials: set[str] = set()  # names of `_totals`
         self._means: dict[str, list[float]] = {}  # name -> sum of micro-batches' values, their number
 
     def __bool__(self) -> bool:
@@ -79,8 +79,9 @@ class MetricBuffer:
         """
         self._merge(gather)
         result = {name: total / count for name, (total, count) in self._totals.items() if count}
+        result |= {name: _exp(result[name]) for name in self._exponentials & result.keys()}
         result |= {name: total / count if count else math.nan for name, (total, count) in self._means.items()}
-        self._totals, self._means = {}, {}
+        self._totals, self._means, self._exponentials = {}, {}, set()
         return result
 
     def _merge(self, gather: Callable[[Tensor], Tensor]) -> None:
@@ -114,6 +115,8 @@ class MetricBuffer:
                     running = self._totals.setdefault(key.name, [0.0, 0.0])
                     running[0] += total
                     running[1] += count
+                    if key.reduce == "exp":
+                        self._exponentials.add(key.name)
                     continue
                 running = self._means.setdefault(key.name, [0.0, 0])
                 if key.reduce == "mean":
@@ -125,48 +128,8 @@ class MetricBuffer:
                     running[1] += 1
 
 
-def summarise(
-    metrics: Mapping[str, Tensor | Metric | float], mask: Tensor, where: str
-) -> dict[str, tuple[Tensor, Tensor | float, str, str]]:
-    """Turn what a loss returned as metrics into sums and counts, without leaving the device.
-
-    Args:
-        metrics: Scalars, (N,) per sequence or pair, (N, 1) or (N, T) per token; N rows from the top of `mask`.
-        mask: Scored tokens, (rows, T).
-        where: The loss's name, for messages.
-    """
-    summed = {}
-    for name, metric in metrics.items():
-        value, per, reduce = metric, "log", "mean"
-        if isinstance(metric, Metric):
-            value, reduce = metric.value, metric.reduce
-            per = metric.per if reduce == "mean" else "micro_batch"
-        if not isinstance(value, Tensor):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(
-                    f"loss '{where}': metric '{name}' must be a detached tensor, found {type(value).__name__}"
-                )
-            value = torch.full((), float(value), device=mask.device)
-        value = value.detach().float() if not value.dtype.is_floating_point else value.detach()
-        summed[name] = (*_sum_and_count(value, mask, reduce, f"loss '{where}': metric '{name}'"), per, reduce)
-    return summed
-
-
-def _sum_and_count(value: Tensor, mask: Tensor, reduce: str, what: str) -> tuple[Tensor, Tensor | float]:
-    if value.dim() == 2 and value.size(1) == 1:
-        value = value.squeeze(1)
-    if value.dim() == 2:
-        if value.size(1) != mask.size(1) or value.size(0) > mask.size(0):
-            raise ValueError(f"{what} has shape {tuple(value.shape)}, but the batch has {tuple(mask.shape)} tokens")
-        rows = mask[: value.size(0)]
-        if reduce == "mean":
-            return value.masked_fill(rows == 0, 0).sum(), rows.sum()
-        lengths = rows.sum(1)
-        means = value.masked_fill(rows == 0, 0).sum(1) / lengths.clamp(min=1)
-        none = torch.inf if reduce == "min" else -torch.inf
-        value = means.masked_fill(lengths == 0, none)  # a sequence without tokens has no mean
-    if value.dim() > 2:
-        raise ValueError(f"{what} must be a scalar, (B,), (B, 1) or (B, T), found {tuple(value.shape)}")
-    if reduce == "mean":
-        return value.sum(), float(value.numel())
-    return (value.amin() if reduce == "min" else value.amax()), 1.0
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf

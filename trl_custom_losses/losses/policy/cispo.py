@@ -31,10 +31,12 @@ class CISPOLoss(ImportanceWeightedLoss):
 
     def __init__(self, *, epsilon: float = 0.2, epsilon_high: float | None = None, **options: Any) -> None:
         super().__init__(**options)
-        self.epsilon, self.epsilon_high = clip_bounds(epsilon, epsilon_high)
+        clip_bounds(epsilon, epsilon_high)
+        self.epsilon, self.epsilon_high = epsilon, epsilon_high
 
     def forward(self, batch: PolicyBatch, model_outputs: ModelOutputs) -> tuple[Tensor, Metrics]:
         ratio = torch.exp(self.log_weights(model_outputs)).detach()
-        loss = -torch.clamp(ratio, max=self.epsilon_high) * batch.advantages * model_outputs.per_token_logps
-        clipped = ((ratio > self.epsilon_high) & (batch.advantages > 0)).float()
+        _, cap = clip_bounds(self.epsilon, self.epsilon_high)
+        loss = -torch.clamp(ratio, max=cap) * batch.advantages * model_outputs.per_token_logps
+        clipped = ((ratio > cap) & (batch.advantages > 0)).float()
         return loss, {"cispo_clip_ratio": Metric(clipped, per="micro_batch")}

@@ -28,4 +28,8 @@ class DrGRPOLoss(GRPOLoss):
     def __init__(self, *, max_completion_length: int, **options: Any) -> None:
         super().__init__(**options)
         self.max_completion_length = int(check_range("max_completion_length", max_completion_length, at_least=1))
-        self.reduction = FixedLengthMean(self.max_completion_length)
+
+    @property
+    def reduction(self) -> FixedLengthMean:  # type: ignore[override]
+        """Tokens over a fixed length; read anew, since the length may be scheduled."""
+        return FixedLengthMean(self.max_completion_length)

@@ -41,11 +41,13 @@ class GRPOLoss(ImportanceWeightedLoss):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.epsilon, self.epsilon_high = clip_bounds(epsilon, epsilon_high)
+        clip_bounds(epsilon, epsilon_high)
+        self.epsilon, self.epsilon_high = epsilon, epsilon_high
         self.delta = check_delta(delta)
 
     def forward(self, batch: PolicyBatch, model_outputs: ModelOutputs) -> tuple[Tensor, Metrics]:
-        low, high = 1 - self.epsilon, 1 + self.epsilon_high
+        below, above = clip_bounds(self.epsilon, self.epsilon_high)
+        low, high = 1 - below, 1 + above
         ratio = torch.exp(self.log_weights(model_outputs))
         clipped = torch.clamp(ratio, low, high)
         if self.delta is not None:

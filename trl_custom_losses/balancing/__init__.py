@@ -1,0 +1,1 @@
+"""Balancing of several objectives: by their losses or by their gradients."""

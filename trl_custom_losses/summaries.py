@@ -1,0 +1,67 @@
+"""Metrics of a micro-batch as sums and counts, which add up over micro-batches and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .types import Metric
+
+
+def summarise(
+    metrics: Mapping[str, Tensor | Metric | float], mask: Tensor, where: str
+) -> dict[str, tuple[Tensor, Tensor | float, str, str]]:
+    """Turn what a loss returned as metrics into sums and counts, without leaving the device.
+
+    Args:
+        metrics: Scalars, (N,) per sequence or pair, (N, 1) or (N, T) per token; N rows from the top of `mask`.
+        mask: Scored tokens, (rows, T).
+        where: The loss's name, for messages.
+    """
+    summed = {}
+    for name, metric in metrics.items():
+        value, per, reduce, counted = metric, "log", "mean", None
+        if isinstance(metric, Metric):
+            value, reduce, counted = metric.value, metric.reduce, metric.mask
+            per = {"mean": metric.per, "exp": "log"}.get(reduce, "micro_batch")
+        if not isinstance(value, Tensor):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(
+                    f"loss '{where}': metric '{name}' must be a detached tensor, found {type(value).__name__}"
+                )
+            value = torch.full((), float(value), device=mask.device)
+        value = value.detach().float() if not value.dtype.is_floating_point else value.detach()
+        summed_as = "mean" if reduce == "exp" else reduce
+        what = f"loss '{where}': metric '{name}'"
+        summed[name] = (*sum_and_count(value, mask, summed_as, what, counted), per, reduce)
+    return summed
+
+
+def sum_and_count(
+    value: Tensor, mask: Tensor, reduce: str, what: str, counted: Tensor | None = None
+) -> tuple[Tensor, Tensor | float]:
+    """Sum (or extremum) and count of a metric; `what` names it in messages, `counted` is its own mask. See
+    `summarise`."""
+    if counted is not None:
+        if counted.shape != value.shape or value.dim() == 0:
+            raise ValueError(f"{what} has shape {tuple(value.shape)} and a mask of shape {tuple(counted.shape)}")
+        value, mask = value.reshape(value.size(0), -1), counted.reshape(value.size(0), -1)
+    elif value.dim() == 2 and value.size(1) == 1:
+        value = value.squeeze(1)
+    if value.dim() == 2:
+        if value.size(1) != mask.size(1) or value.size(0) > mask.size(0):
+            raise ValueError(f"{what} has shape {tuple(value.shape)}, but the batch has {tuple(mask.shape)} tokens")
+        rows = mask[: value.size(0)]
+        if reduce == "mean":
+            return value.masked_fill(rows == 0, 0).sum(), rows.sum()
+        lengths = rows.sum(1)
+        means = value.masked_fill(rows == 0, 0).sum(1) / lengths.clamp(min=1)
+        none = torch.inf if reduce == "min" else -torch.inf
+        value = means.masked_fill(lengths == 0, none)  # a sequence without tokens has no mean
+    if value.dim() > 2:
+        raise ValueError(f"{what} must be a scalar, (B,), (B, 1) or (B, T), found {tuple(value.shape)}")
+    if reduce == "mean":
+        return value.sum(), float(value.numel())
+    return (value.amin() if reduce == "min" else value.amax()), 1.0

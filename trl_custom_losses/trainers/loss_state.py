@@ -1,0 +1,49 @@
+"""The loss's buffers and parameters, written and read beside the trainer's checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..base import Loss
+from ..errors import LossConfigError
+
+#: File of a checkpoint that holds the loss's state.
+STATE_FILE = "loss_function.safetensors"
+
+
+def check_state(loss: Loss) -> None:
+    """Refuse state that a checkpoint could not hold."""
+    foreign = [name for name, value in loss.state_dict().items() if not isinstance(value, Tensor)]
+    if foreign:
+        raise LossConfigError(
+            f"the loss '{loss.name}' has state that is no tensor ({', '.join(foreign)}), which a checkpoint could not "
+            "hold; keep state in buffers"
+        )
+
+
+def write_state(loss: Loss, folder: Path) -> None:
+    """Write the loss's state, if it has any."""
+    state = loss.state_dict()
+    if not state:
+        return
+    written = folder / f".{STATE_FILE}"
+    # Clones, since tensors that share memory cannot be written.
+    save_file({name: value.detach().cpu().clone().contiguous() for name, value in state.items()}, written)
+    written.replace(folder / STATE_FILE)  # so that a half-written file is never read
+
+
+def read_state(loss: Loss, folder: Path) -> None:
+    """Read what `write_state` wrote.
+
+    Raises:
+        FileNotFoundError: The loss has state and the folder has none.
+    """
+    if not loss.state_dict():
+        return
+    file = folder / STATE_FILE
+    if not file.exists():
+        raise FileNotFoundError(f"the loss '{loss.name}' has state, but the checkpoint lacks {file}")
+    loss.load_state_dict(load_file(file))  # to the host; copied from there to wherever the loss is

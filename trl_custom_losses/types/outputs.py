@@ -1,0 +1,99 @@
+"""What the forward passes produced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..fields import ExplainsMissingFields, optional
+from .common import masked_sum
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class ModelOutputs(ExplainsMissingFields):
+    """What the forward passes produced; N = 2B rows (chosen, then rejected) for pairs, N = B for completions.
+
+    Args:
+        per_token_logps: Policy log-probabilities, nats, (N, T), with gradient.
+        mask: 1 where a position is scored, (N, T).
+        entropies: Entropies, nats, (N, T), with gradient.
+        ref_per_token_logps: Reference log-probabilities, (N, T).
+        ref_sums: Reference sums where only those are known (precomputed), (N,).
+        old_per_token_logps: Log-probabilities at generation time, (N, T), detached.
+        completion_lengths: Number of completion tokens, (N,), where it can exceed the scored ones by a first token
+            that nothing predicts.
+        token_weights: Weights of tokens in `logps` and `ref_logps` (LD-DPO), (N, T).
+        pooled_hidden: Mean last hidden state over completion tokens, (N, H), float32, with gradient.
+        sequence_hidden: Mean last hidden state over prompt and completion, (N, H), float32, detached.
+        logits: (N, T, V), with gradient.
+        second_logits: The same of a second pass with other dropout, (N, T, V), with gradient.
+    """
+
+    per_token_logps: Tensor
+    mask: Tensor
+    entropies: Tensor = optional()
+    ref_per_token_logps: Tensor = optional()
+    ref_sums: Tensor = optional()
+    old_per_token_logps: Tensor = optional()
+    completion_lengths: Tensor = optional()
+    token_weights: Tensor = optional()
+    pooled_hidden: Tensor = optional()
+    sequence_hidden: Tensor = optional()
+    logits: Tensor = optional()
+    second_logits: Tensor = optional()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16) and "logits" not in name:
+                setattr(self, name, value.float())  # loss arithmetic is float32 or better
+        for name in ("ref_per_token_logps", "ref_sums", "old_per_token_logps", "token_weights", "sequence_hidden"):
+            if self.has(name):  # only the policy is trained
+                setattr(self, name, getattr(self, name).detach())
+        masked = self.mask == 0
+        for name in ("per_token_logps", "entropies", "ref_per_token_logps", "old_per_token_logps"):
+            if self.has(name):  # whatever stands at a masked position, a loss sees 0 there and sends no gradient back
+                setattr(self, name, getattr(self, name).masked_fill(masked, 0))
+
+    def _weighted_sum(self, per_token: Tensor) -> Tensor:
+        if self.has("token_weights"):
+            per_token = per_token * self.token_weights
+        # 0 at masked positions since construction; masked here, the gradient with respect to `anchors` is 0 there too.
+        return masked_sum(per_token, self.mask)
+
+    def anchors(self) -> list[Tensor]:
+        """The tensors through which every loss reaches the model, each counted once.
+
+        Log-probabilities and entropies are computed from the logits where there are any; then those stand for all.
+        """
+        names = ("logits", "second_logits") if self.has("logits") else ("per_token_logps", "entropies")
+        found = [getattr(self, name) for name in (*names, "pooled_hidden") if self.has(name)]
+        return [tensor for tensor in found if tensor.requires_grad]
+
+    @property
+    def lengths(self) -> Tensor:
+        """Number of completion tokens of each row, at least 1, (N,)."""
+        lengths = self.completion_lengths if self.has("completion_lengths") else self.mask.sum(dim=1)
+        return lengths.clamp(min=1)
+
+    @property
+    def logps(self) -> Tensor:
+        """Policy log-probability of each completion (LD-DPO weights applied), nats, (N,)."""
+        return self._weighted_sum(self.per_token_logps)
+
+    @property
+    def mean_logps(self) -> Tensor:
+        """`logps` over `lengths`, nats per token, (N,)."""
+        return self.logps / self.lengths
+
+    @property
+    def ref_logps(self) -> Tensor:
+        """Reference log-probability of each completion, nats, (N,)."""
+        return self.ref_sums if self.has("ref_sums") else self._weighted_sum(self.ref_per_token_logps)
+
+    @property
+    def log_ratios(self) -> Tensor:
+        """`logps - ref_logps`: the implicit reward over beta, nats, (N,)."""
+        return self.logps - self.ref_logps
