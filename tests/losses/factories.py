@@ -2,25 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trl_custom_losses import Denominators, Loss, LossFunctionRegistry, ModelOutputs, PolicyBatch, PreferenceBatch
+from trl_custom_losses import (
+    Denominators,
+    Loss,
+    LossFunctionRegistry,
+    ModelOutputs,
+    PolicyBatch,
+    PreferenceBatch,
+    Ranks,
+    Rollout,
+)
 from trl_custom_losses.reductions import reduce_loss
 
 #: Hyperparameters without a default, by loss.
 REQUIRED_HYPERPARAMETERS: dict[str, dict[str, Any]] = {
     "exo_pair": {"label_smoothing": 0.1},
     "dr_grpo": {"max_completion_length": 8},
+    "consistency": {"threshold": -0.5},
+    "multi_objective_dpo": {
+        "auxiliary_losses": {"perplexity": {}, "safety": {}},
+        "auxiliary_weights": {"perplexity": 0.3},
+    },
 }
 _COMPONENTS: dict[str, list[dict[str, Any]]] = {
     "preference": [{"type": "sigmoid", "weight": 0.7}, {"type": "sft", "weight": 0.2}],
     "policy": [{"type": "grpo", "weight": 0.7}, {"type": "dapo", "weight": 0.2}],
 }
+_OBJECTIVES: dict[str, dict[str, Any]] = {
+    "preference": {"main": {"type": "sigmoid"}, "other": "sft"},
+    "policy": {"main": {"type": "grpo"}, "other": "dapo"},
+}
+
+
+def _weighted(family: str) -> list[tuple[str, dict[str, Any]]]:
+    """Compositions of either family."""
+    dynamic = {"type": "dynamic_multi_objective", "objectives": _OBJECTIVES[family], "initial_weights": {"other": 0.3}}
+    return [
+        ("composed", {"type": "composed", "components": _COMPONENTS[family]}),
+        ("composed-balanced", {"type": "composed", "components": _COMPONENTS[family], "balancing": "upgrad"}),
+        ("dynamic_multi_objective", dynamic),
+        ("dynamic_multi_objective-kl", dynamic | {"rule": "constraint", "targets": {"other": 0.1}, "signal": "kl"}),
+        ("dynamic_multi_objective-uncertainty", dynamic | {"rule": "uncertainty", "initial_weights": {}}),
+    ]
+
+
 _VARIANTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "preference": [
         ("sigmoid-forward_kl", {"type": "sigmoid", "f_divergence_type": "forward_kl"}),
@@ -28,14 +61,49 @@ _VARIANTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("ipo-alpha_divergence", {"type": "ipo", "f_divergence_type": "alpha_divergence"}),
         ("aot-smoothed", {"type": "aot", "label_smoothing": 0.2}),
         ("robust-smoothed", {"type": "robust", "label_smoothing": 0.2}),
+        ("adaptive_dpo-margin", {"type": "adaptive_dpo", "strategy": "margin", "base": "ipo"}),
+        ("adaptive_dpo-kl", {"type": "adaptive_dpo", "strategy": "kl", "target_kl": 1.0, "base": "aot"}),
+        ("clipped_loss", {"type": "clipped_loss", "base_loss": "sigmoid"}),
+        (
+            "clipped_loss-sequence",
+            {
+                "type": "clipped_loss",
+                "base_loss": {"type": "composed", "components": _COMPONENTS["preference"]},
+                "per": "sequence",
+            },
+        ),
+        ("perplexity-both", {"type": "perplexity", "completions": "both"}),
+        ("consistency-rdrop", {"type": "consistency", "mode": "rdrop"}),
+        (
+            "multi_objective_dpo-consistency",
+            {"type": "multi_objective_dpo", "auxiliary_losses": {"consistency": {"threshold": -0.5}}, "base": "ipo"},
+        ),
     ],
     "policy": [
         ("grpo-delta", {"type": "grpo", "epsilon_high": 0.3, "delta": 1.5}),
         ("luspo-sequence", {"type": "luspo", "importance_sampling_level": "sequence"}),
         ("sapo-sequence", {"type": "sapo", "importance_sampling_level": "sequence"}),
         ("cispo-sequence", {"type": "cispo", "epsilon_high": 5.0, "importance_sampling_level": "sequence"}),
+        ("clipped_loss", {"type": "clipped_loss", "base_loss": "grpo"}),
+        (
+            "clipped_loss-sequence",
+            {"type": "clipped_loss", "base_loss": "luspo", "per": "sequence", "max_grad_norm": 100.0},
+        ),
+        ("dynamic_grpo-tokens", {"type": "dynamic_grpo", "embedding": "tokens", "similarity_threshold": 0.3}),
+        ("dra_grpo-tokens", {"type": "dra_grpo", "embedding": "tokens", "negative_rewards": "multiply"}),
+        ("composed_dpo_grpo-sigmoid", {"type": "composed_dpo_grpo", "dpo": "sigmoid", "grpo": "grpo"}),
+        ("rollout_pairs-ipo", {"type": "rollout_pairs", "base": "ipo"}),
+        ("rollout_pairs-sft", {"type": "rollout_pairs", "base": "sft"}),
+        (
+            "rollout_pairs-composed",
+            {"type": "rollout_pairs", "base": {"type": "composed", "components": _COMPONENTS["preference"]}},
+        ),
     ],
 }
+
+
+#: The row field that a loss reads in place of the log-probabilities.
+LEAVES: dict[str, str] = {"diversity": "hidden", "quality": "hidden"}
 
 
 def configs(family: str) -> dict[str, dict[str, Any]]:
@@ -43,9 +111,9 @@ def configs(family: str) -> dict[str, dict[str, Any]]:
     found = {
         name: {"type": name, **REQUIRED_HYPERPARAMETERS.get(name, {})}
         for name in LossFunctionRegistry.names(family)
-        if name != "composed"
+        if name not in ("composed", "clipped_loss", "dynamic_multi_objective")
     }
-    return found | {"composed": {"type": "composed", "components": _COMPONENTS[family]}} | dict(_VARIANTS[family])
+    return found | dict(_weighted(family)) | dict(_VARIANTS[family])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +123,16 @@ class Data:
     Args:
         family: "preference" (rows: chosen, then rejected) or "policy".
         rows: By field, N rows: `logps`, `mask`, `ref`, `old`, `entropies` (N, T), `logits` (N, T, V), `hidden` (N, H).
-        items: By field, one row a pair or sequence: `advantages` and data-set columns.
+        items: By field, one row a pair or sequence: `advantages`, `rewards`, `group_ids` and data-set columns.
+        whole: The generation batch that this is a part of, itself if not given: what `prepare` sees.
+        index: Which rows of it.
     """
 
     family: str
     rows: dict[str, Tensor]
     items: dict[str, Tensor]
+    whole: Data | None = None
+    index: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -78,7 +150,8 @@ class Data:
             fits = isinstance(target, str)
             return {name: v.to(target) if fits or v.is_floating_point() else v for name, v in fields.items()}
 
-        return replace(self, rows=moved(self.rows), items=moved(self.items))
+        whole = self.whole or self  # `prepare` needs values, which the meta device does not have
+        return replace(self, rows=moved(self.rows), items=moved(self.items), whole=whole)
 
     def take(self, index: Sequence[int]) -> Data:
         """Some pairs or sequences, in the order of `index`; gradients reach the tensors they were taken from."""
@@ -88,15 +161,18 @@ class Data:
             self,
             rows={name: value[rows] for name, value in self.rows.items()},
             items={name: value[items] for name, value in self.items.items()},
+            whole=self.whole or self,
+            index=items if self.index is None else self.index[items],
         )
 
     def padded(self, count: int, fill: float) -> Data:
         """`count` further positions that are not scored and hold `fill`."""
         rows = dict(self.rows)
-        for name in ("logps", "ref", "old", "entropies", "logits"):
+        for name in ("logps", "ref", "old", "entropies", "logits", "second_logits"):
             value = rows[name]
             rows[name] = torch.cat((value, value.new_full((value.size(0), count, *value.shape[2:]), fill)), 1)
-        rows["mask"] = torch.cat((rows["mask"], rows["mask"].new_zeros(rows["mask"].size(0), count)), 1)
+        for name in ("mask", "ids"):
+            rows[name] = torch.cat((rows[name], rows[name].new_zeros(rows[name].size(0), count)), 1)
         return replace(self, rows=rows)
 
     def denominators(self, *, ranks: int = 1, micro_batches: int = 1) -> Denominators:
@@ -107,6 +183,7 @@ class Data:
             tokens=mask.sum() / ranks,
             chosen_tokens=mask[: self.size].sum() / ranks,
             micro_batches=micro_batches,
+            step_fraction=1 / ranks,
         )
 
     def build(self, loss: Loss, denominators: Denominators | None = None) -> tuple[Any, ModelOutputs]:
@@ -117,7 +194,9 @@ class Data:
         fields = {
             "entropies": "entropies",
             "pooled_hidden": "hidden",
+            "sequence_hidden": "hidden",
             "logits": "logits",
+            "second_logits": "second_logits",
             "ref_per_token_logps": "ref",
         }
         always |= {field: rows[name] for field, name in fields.items() if field in loss.requires}
@@ -130,15 +209,66 @@ class Data:
                 input_ids=ids, attention_mask=ids, mask=mask, columns=columns, denominators=denominators
             )
             return batch, ModelOutputs(**always)
+        prepared = self.prepared(loss)
         policy = PolicyBatch(
             prompt_ids=ids,
-            completion_ids=ids[:, 1:],
+            completion_ids=rows["ids"],
             mask=mask,
-            advantages=self.items["advantages"],
+            advantages=prepared.pop("advantages", self.items["advantages"]),
+            rewards=self.items["rewards"] if "rewards" in loss.requires else None,
+            group_ids=self.items["group_ids"] if "group_ids" in loss.requires else None,
             columns=columns,
+            prepared=prepared,
             denominators=denominators,
         )
         return policy, ModelOutputs(old_per_token_logps=rows["old"], **always)
+
+    def prepared(self, loss: Loss) -> dict[str, Tensor]:
+        """What `loss` prepares of the generation batch, for the sequences of this part of it."""
+        if not loss.prepares:
+            return {}
+        whole = self.whole or self
+        with torch.no_grad():
+            prepared = loss.prepare(whole.rollout())
+        index = torch.arange(whole.size) if self.index is None else self.index
+        return {name: value[index].to(self.rows["mask"].device) for name, value in prepared.items()}
+
+    def rollout(
+        self, rank: int = 0, ranks: int = 1, gather: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    ) -> Rollout:
+        """The data as the generation batch that one of several ranks prepares, with its share of the completions.
+
+        The policy's states are the rows of `old_hidden`; a text's state is made of its letters, whatever the prompt.
+
+        Args:
+            rank: Which part of the sequences it has, cut to its longest.
+            ranks: Of how many.
+            gather: Collects a tensor over the ranks.
+        """
+        local = slice(rank * self.size // ranks, (rank + 1) * self.size // ranks)
+        rows = {name: value.detach()[local] for name, value in self.rows.items()}
+        length = max(int(rows["mask"].sum(1).max()), 1)
+        fields = {"per_token_logps": "old", "ref_per_token_logps": "ref", "mask": "mask"}
+        tokens = {field: rows[name][:, :length] for field, name in fields.items()}
+        ids = rows["ids"][:, :length]
+        texts = [f"answer {weight:.3f}" for weight in self.items["weight"][local].tolist()]
+        hidden = rows["old_hidden"]
+        return Rollout(
+            rewards=self.items["rewards"],
+            reward_weights=torch.tensor([1.0, 0.5], dtype=self.items["rewards"].dtype),
+            advantages=self.items["advantages"],
+            group_ids=self.items["group_ids"],
+            completion_ids=ids,
+            mask=tokens["mask"],
+            columns={name: value[local] for name, value in self.items.items()} | {"target": texts},
+            local=local,
+            ranks=Ranks(index=rank, count=ranks, gather=gather),
+            texts=lambda: [
+                " ".join(map(str, row[kept > 0].tolist())) for row, kept in zip(ids, tokens["mask"], strict=True)
+            ],
+            forward=lambda: ModelOutputs(pooled_hidden=hidden, **tokens),
+            encode=lambda texts: torch.stack([text_state(text, hidden) for text in texts]),
+        )
 
     def loss(self, loss: Loss, denominators: Denominators | None = None) -> Tensor:
         """The reduced loss, a scalar."""
@@ -146,9 +276,24 @@ class Data:
         raw, _ = loss(batch, outputs)
         return reduce_loss(loss, raw, batch)
 
+    def leaf(self, loss: Loss) -> str:
+        """The row field through which `loss` is differentiated: the log-probabilities, unless it reads none."""
+        return "logits" if "second_logits" in loss.requires else LEAVES.get(loss.name, "logps")
+
+    def unscored(self, loss: Loss) -> Tensor:
+        """Where its leaf must not get a gradient: at masked positions, and in states of rows without any other."""
+        masked = self.rows["mask"] == 0
+        return masked.all(dim=1) if self.leaf(loss) == "hidden" else masked
+
     def gradient(self, loss: Loss, denominators: Denominators | None = None) -> Tensor:
-        """Gradient of the reduced loss with respect to the log-probabilities."""
-        return torch.autograd.grad(self.loss(loss, denominators), self.rows["logps"])[0]
+        """Gradient of the reduced loss with respect to its leaf."""
+        return torch.autograd.grad(self.loss(loss, denominators), self.rows[self.leaf(loss)])[0]
+
+
+def text_state(text: str, like: Tensor) -> Tensor:
+    """A state that depends on the text alone, (H,); 0 for an empty one."""
+    generator = torch.Generator().manual_seed(zlib.crc32(text.encode()))
+    return torch.randn(like.size(1), generator=generator, dtype=torch.float64).to(like.dtype) * bool(text)
 
 
 def random_data(
@@ -187,11 +332,19 @@ def random_data(
         "entropies": normal(count, length).abs(),
         "logits": normal(count, length, 7),
         "hidden": normal(count, 3),
+        "second_logits": normal(count, length, 7),
     }
+    rows |= {"old_hidden": rows["hidden"] + 0.2 * normal(count, 3)}
     rows = {name: value.to(dtype) for name, value in rows.items()} | {"mask": mask}
-    rows["logps"].requires_grad_()
+    rows["ids"] = torch.randint(1, 6, (count, length), generator=generator)
+    for name in ("logps", "hidden", "logits", "second_logits"):
+        rows[name].requires_grad_()
     items = {"advantages": normal(size), "weight": torch.rand(size, generator=generator, dtype=torch.float64)}
-    return Data(family=family, rows=rows, items={name: value.to(dtype) for name, value in items.items()})
+    items["rewards"] = normal(size, 2)
+    for side in ("chosen", "rejected"):
+        items[f"{side}_unsafe"] = torch.rand(size, generator=generator, dtype=torch.float64)
+    items = {name: value.to(dtype) for name, value in items.items()} | {"group_ids": torch.arange(size) // 3}
+    return Data(family=family, rows=rows, items=items)
 
 
 def extreme_data(family: str, *, log_ratios: Sequence[float], advantages: Sequence[float] = ()) -> Data:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from trl_custom_losses import Loss, LossFunctionRegistry, Metric
 from trl_custom_losses.reductions import reduce_loss
 from trl_custom_losses.registry import BuildContext
+from trl_custom_losses.state import HostState
 
 from . import factories
 from .factories import Data, extreme_data, random_data
@@ -23,6 +24,9 @@ _CASES = [(family, name) for family in ("preference", "policy") for name in fact
 # These differentiate through a detached weight, so that the gradient is not that of the value; their own tests
 # compare it with the formula.
 _DETACHED_WEIGHTS = ("cispo", "vespo")
+# These hold one half of each pair fixed, and take the whole gradient of the other; their own tests put the halves
+# together.
+_HALVES = ("rollout_pairs", "composed_dpo_grpo")
 _LOCALLY_NORMALISED = ("bnpo",)
 # The square of a score, which is held at e^80, is beyond float32.
 _SQUARED_SCORE = ("ipo-alpha_divergence",)
@@ -53,12 +57,12 @@ def _metrics(metrics: Any) -> list[Tensor]:
 # Files
 
 
-@pytest.mark.parametrize("family", ["preference", "policy"])
-def test_registry_name_is_module_name_and_test_name(family: str) -> None:
-    for name in set(LossFunctionRegistry.names(family)) - {"composed"}:
-        module = importlib.import_module(f"trl_custom_losses.losses.{family}.{name}")
-        assert LossFunctionRegistry.get(name).__module__ == module.__name__
-        assert Path(__file__).with_name(family).joinpath(f"test_{name}.py").is_file(), f"{name} has no tests"
+@pytest.mark.parametrize("name", LossFunctionRegistry.names())
+def test_registry_name_is_module_name_and_test_name(name: str) -> None:
+    package, losses, room, module = LossFunctionRegistry.get(name).__module__.split(".")
+    assert (package, losses, module) == ("trl_custom_losses", "losses", name)
+    assert room in (LossFunctionRegistry.get(name).family, "auxiliary", "composite")
+    assert Path(__file__).with_name(room).joinpath(f"test_{name}.py").is_file(), f"{name} has no tests"
 
 
 # Values
@@ -106,10 +110,11 @@ def test_half_precision_inputs_are_computed_in_float32(case: Case, size: int) ->
 
 def test_gradient_is_the_derivative(case: Case) -> None:
     family, name, loss = case
-    if name.startswith(_DETACHED_WEIGHTS):
+    if name.startswith((*_DETACHED_WEIGHTS, *_HALVES)):
         return
     data = random_data(family, size=3, length=3)
-    assert torch.autograd.gradcheck(lambda logps: data.with_rows(logps=logps).loss(loss), data.rows["logps"])
+    leaf = data.leaf(loss)
+    assert torch.autograd.gradcheck(lambda values: data.with_rows(**{leaf: values}).loss(loss), data.rows[leaf])
     assert data.gradient(loss).abs().max() > 1e-3
 
 
@@ -118,7 +123,7 @@ def test_gradient_does_not_reach_the_reference_or_the_generating_policy(case: Ca
     data = random_data(family)
     fixed = {name: data.rows[name].clone().requires_grad_() for name in ("ref", "old")}
     data.with_rows(**fixed).loss(loss).backward()
-    assert data.rows["logps"].grad.abs().sum() > 0
+    assert data.rows[data.leaf(loss)].grad.abs().sum() > 0
     for name, tensor in fixed.items():
         assert tensor.grad is None or not tensor.grad.any(), f"{name} gets a gradient"
 
@@ -131,9 +136,9 @@ def test_masked_positions_neither_count_nor_get_gradient(case: Case, garbage: fl
     logps = data.rows["logps"].detach().masked_fill(hidden, garbage).requires_grad_()
     dirty = data.with_rows(logps=logps)
     torch.testing.assert_close(dirty.loss(loss), data.loss(loss), rtol=0, atol=0)
-    gradient = dirty.gradient(loss)
-    assert (gradient[hidden] == 0).all()
-    torch.testing.assert_close(gradient[~hidden], data.gradient(loss)[~hidden], rtol=0, atol=0)
+    gradient, unscored = dirty.gradient(loss), data.unscored(loss)
+    assert (gradient[unscored] == 0).all()
+    torch.testing.assert_close(gradient[~unscored], data.gradient(loss)[~unscored], rtol=0, atol=0)
 
 
 # Invariances
@@ -142,7 +147,7 @@ def test_masked_positions_neither_count_nor_get_gradient(case: Case, garbage: fl
 def _assert_equal(whole: Data, loss: Loss, total: Tensor) -> None:
     """`total`, computed from parts of `whole`, has the same value and gradient."""
     torch.testing.assert_close(total, whole.loss(loss))
-    (gradient,) = torch.autograd.grad(total, whole.rows["logps"])
+    (gradient,) = torch.autograd.grad(total, whole.rows[whole.leaf(loss)])
     torch.testing.assert_close(gradient, whole.gradient(loss))
 
 
@@ -191,7 +196,8 @@ def test_batch_coupling_is_declared(case: Case) -> None:
     if loss.composite:
         return
     raw, _ = loss(*data.build(loss))
-    alone = torch.cat([loss(*data.take([index]).build(loss))[0] for index in range(data.size)])
+    alone = torch.stack([loss(*data.take([index]).build(loss))[0] for index in range(data.size)])
+    alone = alone.transpose(0, 1).flatten(0, 1)  # chosen rows first
     assert loss.batch_coupled == (not torch.allclose(raw, alone))
 
 
@@ -201,12 +207,12 @@ def test_batch_coupling_is_declared(case: Case) -> None:
 @pytest.mark.parametrize("empty", ["one row", "all rows"])
 def test_empty_completions(case: Case, empty: str) -> None:
     family, _, loss = case
-    count = 6 if family == "preference" else 3
+    size, count = (3, 6) if family == "preference" else (4, 4)
     lengths = [0] * count if empty == "all rows" else [2, 0, 3, 1, 4, 2][:count]
-    data = random_data(family, size=3, length=4, lengths=lengths)
+    data = random_data(family, size=size, length=4, lengths=lengths)
     value, gradient = data.loss(loss), data.gradient(loss)
     assert value.isfinite() and gradient.isfinite().all()
-    assert (gradient[data.rows["mask"] == 0] == 0).all()
+    assert (gradient[data.unscored(loss)] == 0).all()
     if empty == "one row":
         assert gradient.any()
     elif family == "policy":
@@ -249,21 +255,30 @@ def test_finite_at_1e4_nats(case: Case) -> None:
 def test_never_waits_for_the_device(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     family, _, loss = case
     data = random_data(family)
-    denominators = data.denominators()
+    batch, outputs = data.build(loss, data.denominators())  # `prepare` may wait, once a generation batch
 
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("the loss moves a tensor to the host")
+    # State that never leaves the host may be read.
+    on_host = [value for part in loss.modules() if isinstance(part, HostState) for value in part.buffers()]
+
+    def refused(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+            assert any(self is value for value in on_host), "the loss moves a tensor to the host"
+            return method(self, *args, **kwargs)
+
+        return call
 
     for method in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero"):
-        monkeypatch.setattr(Tensor, method, refuse)
-    data.loss(loss, denominators)
+        monkeypatch.setattr(Tensor, method, refused(getattr(Tensor, method)))
+    raw, _ = loss(batch, outputs)
+    reduce_loss(loss, raw, batch)
 
 
 def test_runs_where_tensors_hold_no_values(case: Case) -> None:
     family, _, loss = case
     data = random_data(family, dtype=torch.float32).to("meta")
+    loss.to("meta")  # as the trainer moves it to the device, with what it learns
     assert data.loss(loss).device.type == "meta"
-    assert data.gradient(loss).shape == data.rows["logps"].shape
+    assert data.gradient(loss).shape == data.rows[data.leaf(loss)].shape
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "state_dict"])

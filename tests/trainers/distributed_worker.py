@@ -48,6 +48,40 @@ class RankedLoss(PolicyLoss):
         }
 
 
+PAIR = {"pref": {"type": "sigmoid", "beta": 0.5}, "sft": {"type": "sft"}}
+COMPONENTS = [{"type": "sigmoid", "name": "pref", "beta": 0.5}, {"type": "sft", "name": "sft", "weight": 0.3}]
+POLICIES = [{"type": "grpo", "name": "a"}, {"type": "dapo", "name": "b", "weight": 0.5}]
+HIDDEN = {"embedding": "hidden", "similarity_threshold": 0.5}
+
+# Losses whose state moves from what all ranks saw, or that look at all ranks' sequences. `accumulated` variants see the
+# same global batch in two micro-batches.
+ADAPTIVE: dict[str, dict[str, Any]] = {
+    "dpo_trend": {"loss": {"type": "dynamic_multi_objective", "objectives": PAIR, "adaptation_rate": 0.1}},
+    "dpo_dwa": {"loss": {"type": "dynamic_multi_objective", "objectives": PAIR, "rule": "dwa", "window": 1}},
+    "dpo_uncertainty": {"loss": {"type": "dynamic_multi_objective", "objectives": PAIR, "rule": "uncertainty"}},
+    "dpo_constraint": {
+        "loss": {
+            "type": "dynamic_multi_objective",
+            "objectives": PAIR,
+            "rule": "constraint",
+            "targets": {"sft": 2.0},
+            "signal": {"sft": "kl"},
+        }
+    },
+    "dpo_balanced": {"loss": {"type": "composed", "components": COMPONENTS, "balancing": "upgrad"}},
+    "dpo_margin": {"loss": {"type": "adaptive_dpo", "strategy": "margin", "beta": 0.5}},
+    "dpo_clipped": {"loss": {"type": "clipped_loss", "base_loss": "sigmoid", "max_grad_norm": 0.02, "per": "sequence"}},
+    "dpo_consistency": {
+        "loss": {"type": "multi_objective_dpo", "auxiliary_losses": {"consistency": {"threshold": -1.0}}}
+    },
+    "grpo_balanced": {"loss": {"type": "composed", "components": POLICIES, "balancing": "cagrad"}},
+    "grpo_dynamic": {"loss": {"type": "dynamic_grpo", **HIDDEN}},
+    "grpo_objectives": {"loss": {"type": "multi_objective_grpo", "quality_weight": 0.1, "diversity_weight": 0.1}},
+    "grpo_pairs": {"loss": {"type": "composed_dpo_grpo", "dpo": {"type": "sigmoid", "beta": 0.5}}},
+}
+# The neighbours of a micro-batch are its own, so these depend on how a batch is accumulated.
+COUPLED = ("dpo_consistency",)
+
 # Name -> family, loss (None: TRL's own through its stock trainer), accumulation, LoRA, further config.
 CASES: dict[str, dict[str, Any]] = {
     "dpo_stock": {"family": "dpo", "loss": None},
@@ -64,6 +98,10 @@ CASES: dict[str, dict[str, Any]] = {
     "grpo_dr_grpo_lora": {"family": "grpo", "loss": "dr_grpo", "accumulation": 2, "lora": True},
     "grpo_ranked": {"family": "grpo", "loss": RankedLoss(), "accumulation": 2},
 }
+for _name, _case in ADAPTIVE.items():
+    CASES[_name] = {"family": _name.split("_")[0], **_case}
+    if _name not in COUPLED:
+        CASES[f"{_name}_accumulated"] = {**CASES[_name], "accumulation": 2}
 
 
 def rollout(prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
@@ -113,21 +151,30 @@ def run(case: dict[str, Any], model_path: Path, output: Path, world: int) -> dic
         trainer_type = GRPOTrainer if case["loss"] is None else CustomGRPOTrainer
         config = CustomGRPOConfig(num_generations=GLOBAL_BATCH, max_completion_length=8, **arguments)
         rewards = [tiny.count_reward, tiny.length_reward]
-        common |= {"train_dataset": tiny.prompt_data(8), "reward_funcs": rewards, "rollout_func": rollout}
+        answers = tiny.prompt_data(8)
+        common |= {
+            "train_dataset": answers.add_column("target", answers["answer"]),
+            "reward_funcs": rewards,
+            "rollout_func": rollout,
+        }
         trainer = trainer_type(args=config, **common)
     trainer.train()
     if case["family"] == "dpo":
         trainer.evaluate()
     weights = {name: value.detach().clone() for name, value in trainer.model.named_parameters() if value.requires_grad}
-    return {"logs": trainer.state.log_history, "weights": weights}
+    loss = getattr(trainer, "loss_function", None)
+    state = {} if loss is None else {name: value.detach().clone() for name, value in loss.state_dict().items()}
+    return {"logs": trainer.state.log_history, "weights": weights, "state": state}
 
 
 def main() -> None:
     """Run every case and write logs (JSON) and weights, from rank 0."""
     model_path, output = Path(sys.argv[1]), Path(sys.argv[2])
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = os.environ.get("RANK", "0")
     results = {name: run(case, model_path, output, world) for name, case in CASES.items()}
-    if int(os.environ.get("RANK", "0")) == 0:
+    torch.save({name: result["state"] for name, result in results.items()}, output / f"state{rank}.pt")
+    if rank == "0":
         (output / "logs.json").write_text(json.dumps({name: result["logs"] for name, result in results.items()}))
         torch.save({name: result["weights"] for name, result in results.items()}, output / "weights.pt")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .distributed_worker import CASES
+from .distributed_worker import ADAPTIVE, CASES, COUPLED
 
 pytestmark = pytest.mark.distributed
 
@@ -23,8 +23,8 @@ SPLIT_DEPENDENT = ("entropy", "kl", "logits/", "mean_token_accuracy", "clip_rati
 TOKEN_MEANS = ("eval_loss", "eval_sft_loss", "eval_total_loss")
 
 
-def launch(world: int, model: Path, output: Path) -> tuple[dict, dict]:
-    """Run all cases in `world` processes; returns logs and weights by case."""
+def launch(world: int, model: Path, output: Path) -> tuple[dict, dict, list]:
+    """Run all cases in `world` processes; returns logs and weights by case, and the losses' states by rank."""
     output.mkdir()
     program = [sys.executable, "-m"]
     if world > 1:
@@ -33,7 +33,9 @@ def launch(world: int, model: Path, output: Path) -> tuple[dict, dict]:
     command = [*program, "tests.trainers.distributed_worker", str(model), str(output)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((output / "logs.json").read_text()), torch.load(output / "weights.pt", weights_only=True)
+    states = [torch.load(output / f"state{rank}.pt", weights_only=True) for rank in range(world)]
+    weights = torch.load(output / "weights.pt", weights_only=True)
+    return json.loads((output / "logs.json").read_text()), weights, states
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +56,38 @@ def compare_logs(found: list[dict], expected: list[dict], ignore: tuple[str, ...
 
 @pytest.mark.parametrize("case", [name for name in CASES if not name.endswith("_stock")])
 def test_two_processes_equal_one(runs, case):
-    (single_logs, single_weights), (double_logs, double_weights) = runs[1], runs[2]
+    (single_logs, single_weights, _), (double_logs, double_weights, _) = runs[1], runs[2]
     ignore = (*SPLIT_DEPENDENT, *TOKEN_MEANS) if "accumulation" in CASES[case] else ()
-    compare_logs(double_logs[case], single_logs[case], (*ignore, *(TOKEN_MEANS if "sft" in case else ())))
+    token_mean = "sft" in json.dumps(CASES[case]["loss"], default=str)
+    compare_logs(double_logs[case], single_logs[case], (*ignore, *(TOKEN_MEANS if token_mean else ())))
     for name, weight in single_weights[case].items():
         torch.testing.assert_close(double_weights[case][name], weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", [name for name in ADAPTIVE if name not in COUPLED])
+@pytest.mark.parametrize("world", [1, 2])
+def test_adaptive_losses_do_not_depend_on_how_a_batch_is_split(runs, world, case):
+    logs, weights, states = runs[world]
+    compare_logs(logs[f"{case}_accumulated"], logs[case], (*SPLIT_DEPENDENT, *TOKEN_MEANS, "grad_norm", "clip"))
+    for name, weight in weights[case].items():
+        torch.testing.assert_close(weights[f"{case}_accumulated"][name], weight, rtol=1e-5, atol=1e-6)
+    for name, value in states[0][case].items():
+        torch.testing.assert_close(states[0][f"{case}_accumulated"][name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", list(ADAPTIVE))
+def test_states_are_bit_identical_on_both_ranks_and_equal_to_one_process(runs, case):
+    (single,), (first, second) = runs[1][2], runs[2][2]
+    assert first[case].keys() == second[case].keys() == single[case].keys()
+    for name, value in first[case].items():
+        assert torch.equal(value, second[case][name]), name
+        torch.testing.assert_close(value, single[case][name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("stock, ours", [("dpo_stock", "dpo_sigmoid"), ("grpo_stock", "grpo_grpo")])
 @pytest.mark.parametrize("world", [1, 2])
 def test_logs_and_weights_equal_those_of_trl_on_as_many_processes(runs, world, stock, ours):
-    logs, weights = runs[world]
+    logs, weights, _ = runs[world]
     compare_logs(logs[ours], logs[stock])
     for name, weight in weights[stock].items():
         torch.testing.assert_close(weights[ours][name], weight, rtol=1e-5, atol=1e-6)
@@ -73,7 +96,7 @@ def test_logs_and_weights_equal_those_of_trl_on_as_many_processes(runs, world, s
 @pytest.mark.parametrize("case", ["dpo_sigmoid", "dpo_sft", "grpo_grpo", "grpo_dapo"])
 @pytest.mark.parametrize("world", [1, 2])
 def test_accumulation_equals_the_big_batch(runs, world, case):
-    logs, weights = runs[world]
+    logs, weights, _ = runs[world]
     compare_logs(logs[f"{case}_accumulated"], logs[case], SPLIT_DEPENDENT)
     for name, weight in weights[case].items():
         torch.testing.assert_close(weights[f"{case}_accumulated"][name], weight, rtol=1e-5, atol=1e-6)

@@ -1,5 +1,5 @@
 """The package's losses. Importing this module registers all of them."""
 
-from . import policy, preference
+from . import auxiliary, composite, policy, preference
 
-__all__ = ["policy", "preference"]
+__all__ = ["auxiliary", "composite", "policy", "preference"]

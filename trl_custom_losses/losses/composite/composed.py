@@ -1,0 +1,66 @@
+"""Weighted sums of losses of one family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...base import Loss
+from ...composition import ComposableLossFunction, build_component, check_distinct
+from ...errors import LossConfigError
+from ...registry import BuildContext, LossFunctionRegistry
+from ...schedules import Schedule
+
+
+@LossFunctionRegistry.register("composed")
+class ComposedLoss(ComposableLossFunction):
+    """Weighted sum of losses on one forward pass; each is reduced as it declares.
+
+    loss = sum_k weight_k * reduce_k(loss_k)
+
+    Logs `<component>_loss` (before its weight), `<component>_weight` and `total_loss`. A metric that one component
+    reports keeps its name; one that several report is logged for each as `<component>/<metric>`.
+
+    Args:
+        components: Each `{type, name, weight, **hyperparameters}`; `name` defaults to the type and must be unique,
+            `weight` (a number or a schedule) defaults to 1.
+        balancing: Gradient balancing (see `ComposableLossFunction`).
+
+    Errors: No component, two of the same name, or components of different families.
+
+    Source: DPO's `loss_type` lists with `loss_weights` are this sum (Wang et al. 2024, arXiv:2411.10442).
+    """
+
+    def __init__(self, *, components: list, balancing: str | dict | None = None) -> None:
+        names, weights, losses = zip(*components, strict=True)
+        check_distinct(names)
+        super().__init__(dict(zip(names, losses, strict=True)), weights, balancing=balancing)
+
+    @classmethod
+    def from_hyperparameters(cls, values: Mapping[str, Any], context: BuildContext) -> ComposedLoss:
+        """Build the components; see the class for what `values["components"]` holds."""
+        if not values["components"]:
+            raise LossConfigError("'components' must list at least one loss")
+        built = [parse_component(component, context, i + 1) for i, component in enumerate(values["components"])]
+        return cls(**{**values, "components": built})
+
+
+def parse_component(component: Any, context: BuildContext, number: int) -> tuple[str, float | Schedule, Loss]:
+    """Build `(name, weight, loss)` from an entry of `components`.
+
+    Raises:
+        LossConfigError: The entry is malformed; the message begins with its number.
+    """
+    where = f"component {number}"
+    if not isinstance(component, Mapping) or not isinstance(component.get("type"), str):
+        raise LossConfigError(f"{where}: expected a dict with 'type', found {component!r}")
+    settings = dict(component)
+    name = settings.pop("name", settings["type"].replace(":", ".").rsplit(".", 1)[-1])
+    weight = settings.pop("weight", 1.0)
+    for key in ("name", "weight"):
+        if key in LossFunctionRegistry.find(settings["type"], context.family).declared_hyperparameters():
+            raise LossConfigError(
+                f"{where}: '{key}' is a key of the component, but also a hyperparameter of '{settings['type']}'; "
+                "rename the hyperparameter"
+            )
+    return name, weight, build_component(settings, context, where)
