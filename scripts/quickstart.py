@@ -104,6 +104,10 @@ def solved(model: Any, task: Task) -> float:
     return accuracy(greedy_answers(model, task, task.split.held_out), task.split.held_out)
 
 
+# For losses that read labels: here, an answer is "unsafe" when it is wrong.
+UNSAFE = {"chosen_unsafe": 0.0, "rejected_unsafe": 1.0}
+
+
 def preference_pairs(task: Task, model: Any, n_pairs: int) -> datasets.Dataset:
     """Up to `n_pairs` training problems that the model gets wrong: the true answer against the model's own."""
     rows: list[dict[str, str]] = []
@@ -111,7 +115,7 @@ def preference_pairs(task: Task, model: Any, n_pairs: int) -> datasets.Dataset:
         problems = task.split.train[start : start + task.eval_batch_size]
         answers = greedy_answers(model, task, problems)
         rows += [
-            {"prompt": problem.prompt, "chosen": problem.answer, "rejected": answer.strip()}
+            {"prompt": problem.prompt, "chosen": problem.answer, "rejected": answer.strip(), **UNSAFE}
             for problem, answer in zip(problems, answers, strict=True)
             if answer.strip() not in ("", problem.answer)
         ]
@@ -125,12 +129,11 @@ def exact_match(completions: list[str], answer: list[str], **_: Any) -> list[flo
     return [float(completion == wanted) for completion, wanted in zip(completions, answer, strict=True)]
 
 
-def configuration(name: str, arguments: argparse.Namespace, seed: int, folder: str) -> TrainingArguments:
+def configuration(name: str, loss: Any, settings: Settings, seed: int, folder: str) -> TrainingArguments:
     """The config of one trainer; TRL's defaults for precision and checkpointing are for larger models."""
-    settings = trainer_settings(arguments, name)
     return CONFIGS[name](
         output_dir=folder,
-        loss_function=loss_of(arguments, name),
+        loss_function=loss,
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
@@ -163,7 +166,8 @@ def dpo_trainer(task: Task, config: CustomDPOConfig) -> Trainer:
 def grpo_trainer(task: Task, config: CustomGRPOConfig) -> Trainer:
     """GRPO on sampled answers, rewarded when they match exactly."""
     config.max_completion_length = task.max_new_tokens
-    problems = [{"prompt": problem.prompt, "answer": problem.answer} for problem in task.split.train]
+    # `answer` is for the reward, `target` for losses that look at a reference answer.
+    problems = [{"prompt": p.prompt, "answer": p.answer, "target": p.answer} for p in task.split.train]
     return CustomGRPOTrainer(
         model=task.new_model(),
         reward_funcs=exact_match,
@@ -178,18 +182,21 @@ CONFIGS = {"dpo": CustomDPOConfig, "grpo": CustomGRPOConfig}
 TRAINERS = {"dpo": dpo_trainer, "grpo": grpo_trainer}
 
 
-def train(name: str, task: Task, arguments: argparse.Namespace, seed: int, before: float) -> Outcome:
+def train(
+    name: str, task: Task, loss: Any, settings: Settings, seed: int, before: float, *, progress: bool = True
+) -> Outcome:
     """Train a fresh copy of the base model with one trainer and measure it on the held-out problems."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = TRAINERS[name](task, configuration(name, arguments, seed, folder))
+        trainer = TRAINERS[name](task, configuration(name, loss, settings, seed, folder))
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(LabelledProgress(name.upper()))
+        if progress:
+            trainer.add_callback(LabelledProgress(name.upper()))
         trainer.train()
     seconds = time.perf_counter() - started
     return Outcome(
         trainer=name.upper(),
-        loss=loss_of(arguments, name),
+        loss=loss,
         seed=seed,
         before=before,
         after=solved(trainer.model, task),
@@ -224,7 +231,10 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> list[Outcome]:
     task = make_task(arguments, seed)
     before = solved(task.new_model(), task)
     print(f"seed {seed}: the base model solves {before:.1%} of {len(task.split.held_out)} held-out problems")
-    return [train(name, task, arguments, seed, before) for name in arguments.trainers]
+    return [
+        train(name, task, loss_of(arguments, name), trainer_settings(arguments, name), seed, before)
+        for name in arguments.trainers
+    ]
 
 
 def quiet() -> None:
@@ -251,7 +261,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     try:  # before a base model is trained for nothing
         for name in arguments.trainers:
-            configuration(name, arguments, seed=0, folder="")
+            configuration(name, loss_of(arguments, name), trainer_settings(arguments, name), seed=0, folder="")
     except LossConfigError as error:
         parser.error(str(error))
     return arguments

@@ -111,17 +111,21 @@ def _spread(runs: Sequence[Outcome], value: Callable[[Outcome], float], *, digit
     return f"{statistics.mean(values):{sign}.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
-def write_results(outcomes: Sequence[Outcome], path: Path) -> Path:
-    """Write all numbers as JSON, with what is needed to compare them with another machine's."""
+def environment() -> dict[str, Any]:
+    """Date, device and versions."""
     packages = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
-    content = {
+    return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch_threads": torch.get_num_threads(),
         "versions": {package: version(package) for package in packages},
-        "runs": [asdict(outcome) for outcome in outcomes],
     }
+
+
+def write_results(outcomes: Sequence[Outcome], path: Path) -> Path:
+    """Write all numbers as JSON, with what is needed to compare them with another machine's."""
+    content = environment() | {"runs": [asdict(outcome) for outcome in outcomes]}
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return path
 
