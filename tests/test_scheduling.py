@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trl_custom_losses import LossConfigError, LossFunctionRegistry, PreferenceLoss
 from trl_custom_losses.hyperparameters import check_range
+from trl_custom_losses.losses.preference.beta_strategies import STRATEGIES
 from trl_custom_losses.reductions import FixedLengthMean, evaluate
 from trl_custom_losses.schedules import accepts_numbers
 
@@ -51,9 +52,17 @@ def _numeric() -> list[tuple[str, str, str]]:
             for hyperparameter, declaration in declared.items():
                 value = config.get(hyperparameter, declaration.default)
                 number = isinstance(value, (int, float)) and not isinstance(value, bool)
-                if number and accepts_numbers(declaration.annotation):
+                if number and accepts_numbers(declaration.annotation) and not _refused(name, config, hyperparameter):
                     found.append((family, name, hyperparameter))
     return found
+
+
+def _refused(name: str, config: dict[str, Any], hyperparameter: str) -> bool:
+    """`adaptive_dpo` moves beta itself, and refuses what only another strategy than the chosen one would read."""
+    if config["type"] != "adaptive_dpo":
+        return False
+    reads = STRATEGIES[config.get("strategy", "schedule")].reads
+    return hyperparameter == "beta" or hyperparameter not in reads
 
 
 @pytest.mark.parametrize(("family", "name", "hyperparameter"), _numeric())
@@ -168,3 +177,18 @@ def test_a_functions_and_an_objects_hyperparameters_move() -> None:
         assert data.loss(loss).item() == pytest.approx(3 * before)
     loss.on_step_begin(4)
     assert loss.object.events == [("begin", 4)]
+
+
+def test_a_random_start_is_not_taken_for_something_computed_from_the_hyperparameter() -> None:
+    class Random(PreferenceLoss):
+        """Starts anew each time."""
+
+        def __init__(self, *, strength: float = 1.0) -> None:
+            super().__init__()
+            self.strength = strength
+            self.head = torch.nn.Linear(2, 2)
+
+    LossFunctionRegistry.register("random_start")(Random)
+    loss = LossFunctionRegistry.build({"type": "random_start", "strength": linear(1.0, 2.0)})
+    loss.move_to_step(10)
+    assert loss.strength == 2.0

@@ -56,13 +56,15 @@ def put_schedules(loss: Loss, schedules: Mapping[str, Schedule], build: Callable
             raise LossConfigError(
                 f"'{name}' cannot be scheduled: the loss must keep it as the attribute `{name}` and read it there"
             )
+        # What differs between two losses made alike is random, not computed from the hyperparameter.
+        noise = _differences(loss.owner_of(name), build({name: getattr(loss.owner_of(name), name)}).owner_of(name))
         for extreme in schedule.extremes():
             try:
                 other = build({name: extreme})
             except LossConfigError as error:
                 raise LossConfigError(f"'{name}' is scheduled, {schedule}, and reaches {extreme:g}: {error}") from error
             setattr(other.owner_of(name), name, getattr(loss.owner_of(name), name))
-            stale = _differences(loss.owner_of(name), other.owner_of(name))
+            stale = [part for part in _differences(loss.owner_of(name), other.owner_of(name)) if part not in noise]
             if stale:
                 raise LossConfigError(
                     f"'{name}' cannot be scheduled: `{stale[0]}` is computed from it in the constructor and would not "
@@ -78,10 +80,10 @@ def _differences(first: Any, second: Any, prefix: str = "") -> list[str]:
         theirs = vars(second).get(name)
         if isinstance(first, nn.Module) and name in ("_buffers", "_parameters", "_modules"):
             for key, value in ours.items():
-                path = f"{prefix}{key}"
-                if isinstance(value, nn.Module):
-                    found += _differences(value, theirs[key], f"{path}.")
-                elif isinstance(value, Tensor) and not torch.equal(value, theirs[key]):
+                path, other = f"{prefix}{key}", theirs.get(key)
+                if isinstance(value, nn.Module) and isinstance(other, nn.Module):
+                    found += _differences(value, other, f"{path}.")
+                elif (isinstance(value, Tensor) and not (isinstance(other, Tensor) and torch.equal(value, other))) or isinstance(value, nn.Module):
                     found.append(path)
         elif (isinstance(ours, _COMPARED) or is_dataclass(ours)) and ours != theirs:
             found.append(f"{prefix}{name}")

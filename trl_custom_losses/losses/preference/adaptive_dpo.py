@@ -149,7 +149,7 @@ class AdaptiveDPOLoss(PreferenceLoss):
     @beta.setter
     def beta(self, value: Any) -> None:
         raise LossConfigError(
-            "'beta' is where adaptive_dpo starts from: give it a number, or put the base on a schedule"
+            "'beta' is where adaptive_dpo starts from: give it a number; for a schedule of your own, use the base alone"
         )
 
     @property
