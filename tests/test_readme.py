@@ -69,7 +69,8 @@ def test_the_losses_to_copy_train_in_both_trainers(monkeypatch, tmp_path, dense_
     (tmp_path / "my_losses.py").write_text(next(code for code in blocks("python") if "my_losses.py" in code))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(LossFunctionRegistry, "_functions", dict(LossFunctionRegistry._functions))
-    configurations = [yaml.safe_load(line)["loss_function"] for line in blocks("yaml")[0].splitlines()]
+    (block,) = [block for block in blocks("yaml") if "my_losses:" in block]
+    configurations = [yaml.safe_load(line)["loss_function"] for line in block.splitlines()]
     common = {"processing_class": tiny.tokenizer()}
     dpo = CustomDPOTrainer(
         model=tiny.load_model(dense_model, seed=1),
@@ -89,6 +90,12 @@ def test_the_losses_to_copy_train_in_both_trainers(monkeypatch, tmp_path, dense_
     )
     grpo.train()
     assert grpo.state.log_history[0]["grad_norm"] > 0
+
+
+def test_the_schedules_it_shows_build():
+    (block,) = [block for block in blocks("yaml") if "schedule:" in block]
+    loss = LossFunctionRegistry.build(yaml.safe_load(block)["loss_function"], family="preference")
+    assert "beta" in loss.leaves()[0].schedules and "sft" in loss.weight_schedules
 
 
 def test_the_files_it_names_exist():

@@ -41,8 +41,8 @@ class LossOfLosses(Loss):
         for name, loss in components.items():
             if not isinstance(loss, Loss):
                 raise LossConfigError(
-                    f"component {name!r}: expected a loss object, found {loss!r}; `LossFunctionRegistry.build` makes one "
-                    "of a name, a dict or a function"
+                    f"component {name!r}: expected a loss object, found {loss!r}; `LossFunctionRegistry.build` makes "
+                    "one of a name, a dict or a function"
                 )
             if not isinstance(name, str) or not name or "." in name:
                 raise LossConfigError(f"a component's 'name' must be text without dots, found {name!r}")
@@ -192,7 +192,7 @@ class ComposableLossFunction(LossOfLosses):
         if self.balancer is None or not torch.is_grad_enabled() or not anchors or not self.training:
             return
         fraction = batch.denominators.step_fraction
-        gramian = gramian_of(list(contributions.values()), anchors) * fraction**2
+        gramian = gramian_of(list(contributions.values()), anchors, outputs.mask) * fraction**2
         self.observe("gramian", gramian)
         if self.balancer.source == "current":
             self._set_factors(batch.ranks.sum(gramian.detach()))

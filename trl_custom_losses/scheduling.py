@@ -83,8 +83,12 @@ def _differences(first: Any, second: Any, prefix: str = "") -> list[str]:
                 path, other = f"{prefix}{key}", theirs.get(key)
                 if isinstance(value, nn.Module) and isinstance(other, nn.Module):
                     found += _differences(value, other, f"{path}.")
-                elif (isinstance(value, Tensor) and not (isinstance(other, Tensor) and torch.equal(value, other))) or isinstance(value, nn.Module):
+                elif value is not other and not (isinstance(value, Tensor) and _equal(value, other)):
                     found.append(path)
         elif (isinstance(ours, _COMPARED) or is_dataclass(ours)) and ours != theirs:
             found.append(f"{prefix}{name}")
     return found
+
+
+def _equal(first: Tensor, second: Any) -> bool:
+    return isinstance(second, Tensor) and torch.equal(first, second)

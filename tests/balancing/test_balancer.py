@@ -30,7 +30,7 @@ from trl_custom_losses.balancing.gradients import AGGREGATORS
 
 
 class Reading(PreferenceLoss):
-    """The weighted sum of a field of the outputs, in the directions that its seed says."""
+    """The weighted sum of squares of a field of the outputs, padding included, with weights of a seed."""
 
     def __init__(self, *, field: str = "per_token_logps", seed: int = 0, scale: float = 1.0) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Reading(PreferenceLoss):
     def forward(self, batch: PreferenceBatch, model_outputs: ModelOutputs) -> tuple[Tensor, dict]:
         values = getattr(model_outputs, self.field)
         direction = torch.randn(values.shape, generator=torch.Generator().manual_seed(self.seed)).to(values)
-        return self.scale * (direction * values).sum(), {}
+        return self.scale * (direction * (1 + values) ** 2).sum(), {}
 
 
 class Constant(PreferenceLoss):
@@ -115,7 +115,10 @@ def test_observes_the_gramian_with_respect_to_all_that_is_read(fields: tuple[str
     data = random_data("preference")
     data.rows["entropies"].requires_grad_()
     batch, outputs = data.build(loss)
-    anchors = [getattr(outputs, name) for name in dict.fromkeys(("per_token_logps", *fields))]
+    # With respect to what the model returned: at masked positions, which these losses read, nothing reaches it.
+    rows = {"per_token_logps": "logps", "entropies": "entropies", "pooled_hidden": "hidden"}
+    anchors = [data.rows[rows[name]] for name in dict.fromkeys(("per_token_logps", *fields))]
+    assert (data.rows["mask"] == 0).any()
     expected = _explicit_gramian(list(loss.contributions(batch, outputs)[0].values()), anchors)
     torch.testing.assert_close(_take_step(loss, 0, [(batch, outputs)]), expected)
     assert (expected.abs() > 1e-6).sum() > len(components) + 2, "some are not orthogonal"
@@ -124,7 +127,7 @@ def test_observes_the_gramian_with_respect_to_all_that_is_read(fields: tuple[str
 def test_logits_stand_for_what_is_computed_from_them() -> None:
     """Log-probabilities would be counted twice beside them."""
     loss = _balanced("upgrad", "sigmoid", {"type": "reading", "field": "logits"}, {"type": "reading", "seed": 1})
-    batch, outputs = random_data("preference").build(loss)
+    batch, outputs = random_data("preference", lengths=[5] * 8).build(loss)
     logits = outputs.logits.detach().requires_grad_()
     chosen = logits.log_softmax(-1)[..., 0]
     outputs = ModelOutputs(per_token_logps=chosen, mask=outputs.mask, logits=logits, ref_sums=outputs.ref_sums)
@@ -132,6 +135,23 @@ def test_logits_stand_for_what_is_computed_from_them() -> None:
     expected = _explicit_gramian(list(loss.contributions(batch, outputs)[0].values()), [logits])
     torch.testing.assert_close(_take_step(loss, 0, [(batch, outputs)]), expected)
     assert (expected[0, 1:].abs() > 1e-8).all()
+
+
+@pytest.mark.parametrize("names", [("sigmoid", "sft", "sigmoid_norm"), ("reading", "reading"), ("grpo", "luspo")])
+def test_padding_changes_nothing(names: tuple[str, ...]) -> None:
+    found = []
+    for padding in (0, 5):
+        loss = _balanced("upgrad", *(LossFunctionRegistry.build(name) for name in names))
+        for part in loss.losses:  # the same weights for all positions
+            part.forward = _uniform if isinstance(part, Reading) else part.forward
+        data = random_data(loss.family)
+        data = data.padded(padding, fill=-3.0) if padding else data
+        found.append(_take_step(loss, 0, [data.build(loss)]))
+    torch.testing.assert_close(*found)
+
+
+def _uniform(batch: Any, model_outputs: ModelOutputs) -> tuple[Tensor, dict]:
+    return (1 - model_outputs.per_token_logps).log().sum(), {}
 
 
 def test_a_loss_that_reads_nothing_has_no_gradient_and_changes_nothing() -> None:
@@ -262,19 +282,21 @@ def test_the_gramian_of_the_moment() -> None:
     loss = _balanced({"type": "mgda", "gramian": "current"}, *_conflicting(0))
     loss.on_step_begin(0)
     for seed in range(3):  # micro-batches
-        batch, outputs = _step_data(seed).build(loss)
+        data = _step_data(seed)
+        batch, outputs = data.build(loss)
         parts = list(loss.contributions(batch, outputs)[0].values())
         value, _ = loss(batch, outputs)
-        factors = AGGREGATORS["mgda"]()(_explicit_gramian(parts, outputs.anchors()), 0)
+        factors = AGGREGATORS["mgda"]()(_explicit_gramian(parts, [data.rows["logps"]]), 0)
         assert list(loss.factors.values()) == pytest.approx(factors.tolist(), rel=1e-6)
         torch.testing.assert_close(value, sum(f * p for f, p in zip(factors, parts, strict=True)))
 
 
 def test_the_gramian_of_the_moment_is_that_of_all_ranks() -> None:
     loss = _balanced({"type": "mgda", "gramian": "current"}, *_conflicting(0)[:2])
-    batch, outputs = _step_data(0).build(loss)
+    data = _step_data(0)
+    batch, outputs = data.build(loss)
     other = torch.tensor([[3.0, -1.0], [-1.0, 0.5]], dtype=torch.float64)
-    own = _explicit_gramian(list(loss.contributions(batch, outputs)[0].values()), outputs.anchors())
+    own = _explicit_gramian(list(loss.contributions(batch, outputs)[0].values()), [data.rows["logps"]])
     batch.ranks = Ranks(count=2, sum=lambda tensor: tensor + other)
     loss(batch, outputs)
     assert list(loss.factors.values()) == pytest.approx(AGGREGATORS["mgda"]()(own + other, 0).tolist())

@@ -118,12 +118,14 @@ def make_balancer(config: str | Mapping[str, Any], names: Sequence[str]) -> Grad
         raise LossConfigError(f"{where}: {error}") from error
 
 
-def gramian_of(losses: Sequence[Tensor], anchors: Sequence[Tensor]) -> Tensor:
+def gramian_of(losses: Sequence[Tensor], anchors: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
     """Inner products between the gradients of `losses` with respect to `anchors`, (m, m); the graph stays.
 
     Args:
         losses: Scalars.
         anchors: Tensors that the losses were computed from.
+        mask: 0 where a gradient of an anchor of its shape does not reach the model and so does not count, however
+            the losses treat such positions.
     """
     rows = []
     for loss in losses:
@@ -132,7 +134,7 @@ def gramian_of(losses: Sequence[Tensor], anchors: Sequence[Tensor]) -> Tensor:
             gradients = torch.autograd.grad(loss, anchors, retain_graph=True, allow_unused=True)
         rows.append(
             [
-                torch.zeros_like(anchor) if gradient is None else gradient
+                torch.zeros_like(anchor) if gradient is None else _visible(gradient, mask)
                 for gradient, anchor in zip(gradients, anchors, strict=True)
             ]
         )
@@ -141,3 +143,7 @@ def gramian_of(losses: Sequence[Tensor], anchors: Sequence[Tensor]) -> Tensor:
         flat = torch.stack([part.flatten() for part in parts])
         products.append(flat @ flat.T)
     return torch.stack(products).sum(0)
+
+
+def _visible(gradient: Tensor, mask: Tensor | None) -> Tensor:
+    return gradient if mask is None or mask.shape != gradient.shape else gradient.masked_fill(mask == 0, 0)
