@@ -342,7 +342,7 @@ def _grpo(model: Path, arguments: dict, **options: Any) -> Any:
 
 def _steps(loss: Events) -> list[tuple]:
     """(step, beta, micro-batches) of each optimizer step, from a log in which begin and end take turns."""
-    (name, event, total), *rest = loss.log
+    (_, event, total), *rest = loss.log
     assert (event, total) == ("train", 5)
     begun, ended = rest[::2], rest[1::2]
     assert [event for _, event, *_ in begun] == ["begin"] * len(begun)

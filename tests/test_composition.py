@@ -59,7 +59,8 @@ def _take_steps(loss: ComposableLossFunction, steps: int) -> list[dict[str, floa
 @pytest.mark.parametrize("weights", ["list", "mapping", "None"])
 def test_components_and_weights_by_name_or_in_order(components: str, weights: str) -> None:
     data, parts = random_data("preference"), [SigmoidLoss(beta=0.3), SFTLoss()]
-    expected = sum(w * data.loss(part) for w, part in zip((0.7, 0.2) if weights != "None" else (1, 1), parts))
+    first, second = (1, 1) if weights == "None" else (0.7, 0.2)
+    expected = first * data.loss(parts[0]) + second * data.loss(parts[1])
     given = {"list": parts, "tuple": tuple(parts), "mapping": {"sigmoid": parts[0], "sft": parts[1]}}[components]
     weighed = {"list": [0.7, 0.2], "mapping": {"sft": 0.2, "sigmoid": 0.7}, "None": None}[weights]
     loss = ComposableLossFunction(given, weighed)

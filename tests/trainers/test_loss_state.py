@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import TrainerCallback
 
 from tests import tiny
 from trl_custom_losses import CustomDPOConfig, CustomDPOTrainer, LossConfigError
@@ -122,6 +123,25 @@ def test_a_resumed_run_continues_learned_parameters_bit_for_bit(dense_model, run
     assert whole.loss_function.scale != 1
     for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_gradients_of_a_stopped_training_do_not_reach_the_next_one(dense_model, run_arguments):
+    run = learning(dense_model, run_arguments, learning_rate=0.0, optim="sgd", max_steps=1)
+    run.loss_function.scale.grad = torch.tensor(1e6)
+    seen = []
+    run.add_callback(GradientsSeen(run.loss_function.scale, seen))
+    run.train()
+    assert len(seen) == 1 and abs(seen[0]) < 100
+
+
+class GradientsSeen(TrainerCallback):
+    """Notes a parameter's gradient before each optimizer step."""
+
+    def __init__(self, parameter: nn.Parameter, seen: list[float]) -> None:
+        self.parameter, self.seen = parameter, seen
+
+    def on_pre_optimizer_step(self, *args, **kwargs) -> None:
+        self.seen.append(self.parameter.grad.item())
 
 
 def test_a_second_training_holds_the_parameters_once(dense_model, run_arguments):

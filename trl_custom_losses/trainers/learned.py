@@ -68,6 +68,9 @@ class LearnedParametersCallback(TrainerCallback):
         self.loss = loss
         self.accelerator = accelerator
 
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._clear()  # what a training that was stopped between micro-batches has left
+
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         for parameter in learned_parameters(self.loss):
             if parameter.grad is None:  # every rank takes part in the collective
@@ -75,5 +78,9 @@ class LearnedParametersCallback(TrainerCallback):
             parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
+        """Drop the gradients; the Trainer clears the model's alone."""
         for parameter in learned_parameters(self.loss):
-            parameter.grad = None  # the Trainer clears the model's alone
+            parameter.grad = None

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.example_losses import restored_registry
 from trl_custom_losses import (
     ComposedLoss,
     LossConfigError,
@@ -22,8 +23,6 @@ from trl_custom_losses import (
 )
 from trl_custom_losses.composition import merge_metrics
 from trl_custom_losses.reductions import FixedLengthMean, reduce_loss
-
-from tests.example_losses import restored_registry
 
 from ..factories import Data, random_data
 

@@ -464,6 +464,7 @@ def test_schedules_that_cannot_be(settings: dict, message: str) -> None:
 
 def test_balancing_multiplies_the_rules_weights() -> None:
     loss = _moving("trend", balancing={"type": "mgda", "decay": 0.0}, objectives={"main": "reporting", "other": "sft"})
+    gramian = torch.zeros(2, 2)
     for step in range(13):
         loss.on_step_begin(step)
         weights = loss.current_weights()
@@ -509,7 +510,13 @@ def test_objectives_fall_back_to_the_trainers_values_but_rules_do_not() -> None:
 
 def test_describes_itself() -> None:
     loss = _dynamic("constraint", targets={"other": 0.5}, signal={"other": "kl"}, initial_weights={"other": 0.2})
-    assert "rule='constraint', main=1, other=0.2, signal={'other': 'kl'}" in repr(loss)
+    assert loss.extra_repr() == (
+        "initial_weights={'main': 1.0, 'other': 0.2}, rule='constraint', targets={'other': 0.5}, eta=0.1, k_i=1.0, "
+        "k_p=10.0, nu=0.9, signal={'other': 'kl'}"
+    )
+    schedule = {"schedule": "linear", "start": 0.1, "end": 0.0}
+    loss = _dynamic("trend", adaptation_rate=schedule, balancing="mgda")
+    assert "rule='trend', adaptation_rate=linear(start=0.1, end=0.0), floor=0.01, balancing=MGDA" in repr(loss)
 
 
 # Construction
@@ -535,7 +542,7 @@ def test_describes_itself() -> None:
         ({"rule": "constraint", "targets": 0.5}, "rule 'constraint', option 'targets': expected .*, found 0.5"),
         ({"rule": "constraint", "targets": {"other": "x"}}, "'targets': expected a finite number for 'other'"),
         ({"rule": "softadapt", "variant": "odd"}, "'variant'"),
-        ({"rule": 3}, "'rule'.*expected str | dict"),
+        ({"rule": 3}, r"'rule'.*expected str \| dict"),
         ({"objectives": {}}, "at least one loss"),
         ({"objectives": ["sigmoid", "sft"]}, "'objectives'.*found"),
         ({"objectives": {"a": 3}}, "objective 'a': expected a loss's name or a dict with 'type', found 3"),
@@ -549,7 +556,7 @@ def test_describes_itself() -> None:
         ({"initial_weights": {"main": -1.0}}, "weight of 'main'"),
         ({"initial_weights": [1.0, 1.0]}, "'initial_weights'.*expected"),
         ({"signal": {"mai": "kl"}}, r"'signal': there is no objective 'mai' \(did you mean 'main'"),
-        ({"signal": 3}, "'signal'.*expected str | dict"),
+        ({"signal": 3}, r"'signal'.*expected str \| dict"),
         ({"signal": {"main": 3}}, "'signal'.*3"),
         ({"signal": "reward"}, "the signal 'reward' exists for policy losses alone"),
         ({"signal": {"main": "margin"}, "family": "policy", "objectives": {"main": "grpo"}}, "'margin' exists for"),

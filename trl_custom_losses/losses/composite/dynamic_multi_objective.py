@@ -189,9 +189,11 @@ class DynamicMultiObjectiveLoss(ComposableLossFunction):
         return metrics
 
     def extra_repr(self) -> str:
-        return f"rule={self.rule_name!r}, {self.rule.extra_repr()}" + (
-            f", signal={self.signals}" if self.signals else ""
-        )
+        options = {name: self.schedules.get(name, getattr(self.rule, name)) for name in _options_of(self.rule_name)}
+        described = {"initial_weights": self.weights, "rule": self.rule_name, **options}
+        described |= {"signal": self.signals} if self.signals else {}
+        parts = [f"{name}={value!r}" for name, value in described.items()]
+        return ", ".join(parts + ([] if self.balancer is None else [f"balancing={self.balancer.extra_repr()}"]))
 
 
 def _options_of(rule: str) -> dict[str, Hyperparameter]:
