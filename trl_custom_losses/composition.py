@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .balancing.balancer import gramian_of, make_balancer
+from .balancing.balancer import make_balancer
+from .balancing.gramian import gramian_of
 from .base import Loss, Metrics
 from .errors import LossConfigError
 from .hyperparameters import check_type

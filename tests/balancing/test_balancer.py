@@ -25,8 +25,9 @@ from trl_custom_losses import (
     PreferenceLoss,
     Ranks,
 )
-from trl_custom_losses.balancing.balancer import gramian_of, make_balancer
+from trl_custom_losses.balancing.balancer import make_balancer
 from trl_custom_losses.balancing.gradients import AGGREGATORS
+from trl_custom_losses.balancing.gramian import gramian_of
 
 
 class Reading(PreferenceLoss):

@@ -116,34 +116,3 @@ def make_balancer(config: str | Mapping[str, Any], names: Sequence[str]) -> Grad
         return GradientBalancer(aggregator=AGGREGATORS[name](**options), names=names, decay=decay, source=source)
     except LossConfigError as error:
         raise LossConfigError(f"{where}: {error}") from error
-
-
-def gramian_of(losses: Sequence[Tensor], anchors: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
-    """Inner products between the gradients of `losses` with respect to `anchors`, (m, m); the graph stays.
-
-    Args:
-        losses: Scalars.
-        anchors: Tensors that the losses were computed from.
-        mask: 0 where a gradient of an anchor of its shape does not reach the model and so does not count, however
-            the losses treat such positions.
-    """
-    rows = []
-    for loss in losses:
-        gradients = [None] * len(anchors)
-        if loss.requires_grad:
-            gradients = torch.autograd.grad(loss, anchors, retain_graph=True, allow_unused=True)
-        rows.append(
-            [
-                torch.zeros_like(anchor) if gradient is None else _visible(gradient, mask)
-                for gradient, anchor in zip(gradients, anchors, strict=True)
-            ]
-        )
-    products = []
-    for parts in zip(*rows, strict=True):  # one anchor, all losses
-        flat = torch.stack([part.flatten() for part in parts])
-        products.append(flat @ flat.T)
-    return torch.stack(products).sum(0)
-
-
-def _visible(gradient: Tensor, mask: Tensor | None) -> Tensor:
-    return gradient if mask is None or mask.shape != gradient.shape else gradient.masked_fill(mask == 0, 0)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ...balancing.gramian import gradients_of
 from ...base import Loss, Metrics
 from ...composition import Batch, LossOfLosses, build_component, merge_metrics
 from ...hyperparameters import check_choice, check_range
@@ -72,13 +73,13 @@ class ClippedLoss(LossOfLosses):
         return loss, own | merge_metrics(reported, taken=own)
 
     def _clip_batch(self, loss: Tensor, batch: Batch, outputs: ModelOutputs) -> tuple[Tensor, dict[str, Tensor]]:
-        norm = _norm(_row_norms(_anchor_gradients(loss, outputs)), dim=0)
+        norm = _norm(_row_norms(gradients_of(loss, outputs.anchors(), outputs.mask)), dim=0)
         factor, metrics = self._factor(norm, batch, units=1)
         # Equal to the loss, and through the loss's own graph: where the factor is 1, nothing changes by a bit.
         return loss.detach() + factor * (loss - loss.detach()), metrics
 
     def _clip_sequences(self, loss: Tensor, batch: Batch, outputs: ModelOutputs) -> tuple[Tensor, dict[str, Tensor]]:
-        gradients = _anchor_gradients(loss, outputs)
+        gradients = gradients_of(loss, outputs.anchors(), outputs.mask)
         units = batch.num_pairs if isinstance(batch, PreferenceBatch) else batch.mask.size(0)
         norms = _norm(_row_norms(gradients).view(-1, units), dim=0)  # a pair's two rows together
         factors, metrics = self._factor(norms, batch, units)
@@ -88,7 +89,7 @@ class ClippedLoss(LossOfLosses):
             rows = factors.repeat(anchor.size(0) // units).view(-1, *[1] * (anchor.dim() - 1))
             surrogate = surrogate + (rows * gradient * (anchor - anchor.detach())).sum()
         learned = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        for parameter, gradient in zip(learned, _gradients(loss, learned), strict=True):
+        for parameter, gradient in zip(learned, gradients_of(loss, learned), strict=True):
             surrogate = surrogate + (gradient * (parameter - parameter.detach())).sum()
         return surrogate, metrics
 
@@ -108,25 +109,6 @@ class ClippedLoss(LossOfLosses):
 
 def _build(config: Any, context: BuildContext) -> Loss:
     return build_component(config, context, "'base_loss'")
-
-
-def _anchor_gradients(loss: Tensor, outputs: ModelOutputs) -> list[Tensor]:
-    """Gradients with respect to the tensors through which `loss` reaches the model."""
-    tokens = [getattr(outputs, name) for name in ("per_token_logps", "entropies") if outputs.has(name)]
-    anchors = outputs.anchors()
-    return [
-        # A loss may have summed over padding, which goes no further.
-        gradient.masked_fill(outputs.mask == 0, 0) if any(anchor is values for values in tokens) else gradient
-        for anchor, gradient in zip(anchors, _gradients(loss, anchors), strict=True)
-    ]
-
-
-def _gradients(loss: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of `loss`, 0 where it does not depend on a tensor; the graph stays."""
-    found: Sequence[Tensor | None] = [None] * len(tensors)
-    if loss.requires_grad and tensors:
-        found = torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, found, strict=True)]
 
 
 def _row_norms(gradients: Sequence[Tensor]) -> Tensor:

@@ -46,8 +46,9 @@ class DynamicMultiObjectiveLoss(ComposableLossFunction):
             loss of an on-policy surrogate is about 0 by construction and says nothing.
         balancing: Gradient balancing of the weighted objectives (see `ComposableLossFunction`).
 
-    Errors: An unknown rule, signal or option, options of another rule, a weight for no objective, or `balancing`
-    or a signal together with `uncertainty`, which learns its weights from the losses.
+    Errors: An unknown rule or option, options of another rule, a weight for no objective, or `balancing` or a signal
+    together with `uncertainty`, which learns its weights from the losses. A signal that names a metric which nothing
+    reports shows in the first forward pass, with the metrics that there are.
 
     Source: trend, the source tutorial; arXiv:1803.10704 (DWA), arXiv:1912.12355 (SoftAdapt), arXiv:2110.09813
     (ReLoBRaLo), arXiv:1705.07115 (uncertainty), arXiv:2406.04558 (nuPI).
