@@ -181,6 +181,8 @@ class DynamicMultiObjectiveLoss(ComposableLossFunction):
 
     def on_step_end(self, step: int, observed: Mapping[str, Tensor]) -> Mapping[str, float] | None:
         metrics = super().on_step_end(step, observed)
+        if self.learns:
+            self.rule.hold()
         if "losses" in observed:
             values = dict(zip(self.names, observed["losses"].tolist(), strict=True))
             for name in self.signals:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 LOWEST_BETA = 1e-3
 
 
-class BetaStrategy(HostState):
+class BetaStrategy(HostState, ABC):
     """Beta as a function of the optimizer step and of what was seen in the steps before it.
 
     The numbers that a user chooses are attributes of the loss and read there; a strategy keeps what moves, in buffers.
@@ -33,9 +34,9 @@ class BetaStrategy(HostState):
         """The lowest beta there can be."""
         return LOWEST_BETA
 
+    @abstractmethod
     def begin_step(self, loss: AdaptiveDPOLoss, step: int) -> float:
         """An optimizer step begins, `step` of them are done; returns its beta."""
-        raise NotImplementedError
 
     def followed(self, batch: PreferenceBatch, outputs: ModelOutputs) -> Tensor | None:
         """What it follows, (2,): a total over the micro-batch and how many it is of; None if it follows nothing."""
