@@ -1,0 +1,66 @@
+"""Trains under DeepSpeed, in one go and interrupted; rank 0 writes what came out.
+
+accelerate launch --config_file CONFIG tests/trainers/deepspeed_worker.py MODEL OUTPUT
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests import tiny
+from trl_custom_losses import CustomDPOConfig, CustomDPOTrainer, LossConfigError
+
+OBJECTIVES = {"pref": {"type": "sigmoid", "beta": 1.0}, "sft": {"type": "sft"}}
+MOVING = {
+    "type": "dynamic_multi_objective",
+    "rule": "dwa",
+    "window": 1,
+    "objectives": OBJECTIVES,
+    "balancing": "upgrad",
+}
+LEARNED = {"type": "dynamic_multi_objective", "rule": "uncertainty", "objectives": OBJECTIVES}
+
+
+def make(model: Path, output: Path, loss: dict[str, Any], **options: Any) -> CustomDPOTrainer:
+    """A tiny DPO run of four steps."""
+    arguments = {**tiny.run_arguments(output), "max_steps": 4, "per_device_train_batch_size": 2, **options}
+    return CustomDPOTrainer(
+        model=tiny.load_model(model, seed=1),
+        ref_model=tiny.load_model(model),
+        args=CustomDPOConfig(**arguments, loss_function=loss),
+        train_dataset=tiny.preference_data(32),
+        processing_class=tiny.tokenizer(),
+    )
+
+
+def outcome(trainer: CustomDPOTrainer) -> dict[str, Any]:
+    """Losses and weights of the steps after the second, and the loss's state."""
+    state = {name: value.tolist() for name, value in trainer.loss_function.state_dict().items()}
+    keys = ("step", "loss", "pref_weight", "sft_weight")
+    logs = [{key: entry[key] for key in keys} for entry in trainer.state.log_history if "loss" in entry]
+    return {"state": state, "logs": logs[2:]}
+
+
+def main() -> None:
+    """Run both trainings and the refusal."""
+    model, output = Path(sys.argv[1]), Path(sys.argv[2])
+    whole = make(model, output / "whole", MOVING, save_strategy="steps", save_steps=2)
+    whole.train()
+    resumed = make(model, output / "resumed", MOVING)
+    resumed.train(resume_from_checkpoint=str(output / "whole" / "checkpoint-2"))
+    try:
+        refused = str(make(model, output / "refused", LEARNED))
+    except LossConfigError as error:
+        refused = str(error)
+    result = {"whole": outcome(whole), "resumed": outcome(resumed), "refused": refused}
+    (output / f"rank{os.environ['RANK']}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
