@@ -16,7 +16,7 @@ from trl_custom_losses.reductions import FixedLengthMean, evaluate
 from trl_custom_losses.schedules import accepts_numbers
 
 from .example_losses import restored_registry
-from .losses import factories
+from .losses.configs import configs
 from .losses.factories import random_data
 
 
@@ -47,7 +47,7 @@ def _numeric() -> list[tuple[str, str, str]]:
     """Family, test id and hyperparameter of everything numeric that has a number as its default."""
     found = []
     for family in ("preference", "policy"):
-        for name, config in factories.configs(family).items():
+        for name, config in configs(family).items():
             declared = LossFunctionRegistry.get(config["type"]).declared_hyperparameters()
             for hyperparameter, declaration in declared.items():
                 value = config.get(hyperparameter, declaration.default)
@@ -68,7 +68,7 @@ def _refused(name: str, config: dict[str, Any], hyperparameter: str) -> bool:
 @pytest.mark.parametrize(("family", "name", "hyperparameter"), _numeric())
 def test_every_numeric_hyperparameter_moves(family: str, name: str, hyperparameter: str) -> None:
     """At each step the loss is the one that is built with that step's value."""
-    config = factories.configs(family)[name]
+    config = configs(family)[name]
     declared = LossFunctionRegistry.get(config["type"]).declared_hyperparameters()[hyperparameter]
     value = config.get(hyperparameter, declared.default)
     start, end = value, value * 1.25 if value else 0.25

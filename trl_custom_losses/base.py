@@ -141,7 +141,8 @@ class Loss(nn.Module):
 
         Args:
             name: Of the sum.
-            values: Of any shape, the same on all ranks and micro-batches. For a mean, give totals and counts.
+            values: Of any shape; names and shapes are the same on all ranks and micro-batches. For a mean, give totals
+                and counts.
         """
         if not self.training:
             return

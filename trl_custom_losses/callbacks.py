@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -56,15 +57,10 @@ class LossFunctionCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         losses = self.loss.tree()
         observed = self._sum_over_ranks([loss.take_observed() for loss in losses])
-        reported: dict[str, Mapping[str, Any]] = {}
-        for index, (loss, sums) in enumerate(zip(losses, observed, strict=True)):
-            # The Trainer has counted the step already.
-            metrics = loss.on_step_end(state.global_step - 1, sums)
-            if metrics:
-                name = loss.name if loss.name not in reported else f"{loss.name}_{index}"
-                reported[name] = metrics
-        if reported:
-            self.log(merge_metrics(reported))
+        # The Trainer has counted the step already.
+        metrics = _end_step(self.loss, state.global_step - 1, iter(observed))
+        if metrics:
+            self.log(metrics)
 
     def _sum_over_ranks(self, observed: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """Sums over ranks of what each loss observed, float64, on the host."""
@@ -74,7 +70,25 @@ class LossFunctionCallback(TrainerCallback):
         device = self.accelerator.device  # where collectives work, whatever the losses observed
         # mps has no float64.
         exact = torch.float32 if device.type == "mps" else torch.float64
-        flat = torch.cat([values.to(device, exact).flatten() for values in parts])
+        # Ranks that observed different things would add up what has nothing to do with each other: a checksum of the
+        # names and shapes rides along, and its square, so that differences cannot cancel.
+        layout = [[(name, tuple(values.shape)) for name, values in sorted(sums.items())] for sums in observed]
+        checksum = float(zlib.crc32(repr(layout).encode()) % 2**12)
+        header = torch.tensor([1.0, checksum, checksum**2], device=device, dtype=exact)
+        flat = torch.cat([header, *(values.to(device, exact).flatten() for values in parts)])
         flat = self.accelerator.reduce(flat, "sum").to("cpu", torch.float64)
-        pieces = iter(flat.split([values.numel() for values in parts]))
+        count, total, squares = flat[:3].tolist()
+        if total**2 != count * squares:
+            raise RuntimeError(
+                "ranks observed different things; a loss must give `observe` the same names and shapes on every rank. "
+                f"This rank: {layout}"
+            )
+        pieces = iter(flat[3:].split([values.numel() for values in parts]))
         return [{name: next(pieces).view(values.shape) for name, values in sorted(sums.items())} for sums in observed]
+
+
+def _end_step(loss: Loss, step: int, observed: Iterator[Mapping[str, Tensor]]) -> dict[str, Any]:
+    """Tell a loss and its parts, in the order of `tree`, that a step ended; metrics are named as in a forward pass."""
+    own = dict(loss.on_step_end(step, next(observed)) or {})
+    parts = {name: _end_step(component, step, observed) for name, component in loss.components()}
+    return own | merge_metrics(parts, taken=own)

@@ -174,6 +174,8 @@ def check_type(value: Any, annotation: Any, where: str) -> Any:
         hint = ""
         if isinstance(value, str) and _is_number(value):
             hint = f". YAML reads {value} as text: write a number with a point, such as 1.0e-3"
+        elif isinstance(value, Mapping) and "schedule" in value:
+            hint = ". It cannot follow a schedule here; a loss's own hyperparameters and weights of components can"
         raise LossConfigError(
             f"{where}: expected {_type_name(annotation)}, found {value!r} ({type(value).__name__}){hint}"
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Self
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 class HostState(nn.Module):
@@ -18,3 +19,13 @@ class HostState(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         return self
+
+
+def host(values: Any, dtype: torch.dtype = torch.float64) -> Tensor:
+    """A tensor on the host, whatever torch's default device is."""
+    return torch.tensor(values, dtype=dtype, device="cpu")
+
+
+def host_zeros(*shape: int) -> Tensor:
+    """Zeros in float64 on the host, whatever torch's default device is."""
+    return torch.zeros(shape, dtype=torch.float64, device="cpu")

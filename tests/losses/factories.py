@@ -1,4 +1,4 @@
-"""Batches for tests of losses: random ragged ones, and single pairs or sequences of chosen numbers."""
+"""Batches for tests of losses: random ragged ones, and some of extreme numbers."""
 
 from __future__ import annotations
 
@@ -10,110 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trl_custom_losses import (
-    Denominators,
-    Loss,
-    LossFunctionRegistry,
-    ModelOutputs,
-    PolicyBatch,
-    PreferenceBatch,
-    Ranks,
-    Rollout,
-)
+from trl_custom_losses import Denominators, Loss, ModelOutputs, PolicyBatch, PreferenceBatch, Ranks, Rollout
 from trl_custom_losses.reductions import reduce_loss
-
-#: Hyperparameters without a default, by loss.
-REQUIRED_HYPERPARAMETERS: dict[str, dict[str, Any]] = {
-    "exo_pair": {"label_smoothing": 0.1},
-    "dr_grpo": {"max_completion_length": 8},
-    "consistency": {"threshold": -0.5},
-    "multi_objective_dpo": {
-        "auxiliary_losses": {"perplexity": {}, "safety": {}},
-        "auxiliary_weights": {"perplexity": 0.3},
-    },
-}
-_COMPONENTS: dict[str, list[dict[str, Any]]] = {
-    "preference": [{"type": "sigmoid", "weight": 0.7}, {"type": "sft", "weight": 0.2}],
-    "policy": [{"type": "grpo", "weight": 0.7}, {"type": "dapo", "weight": 0.2}],
-}
-_OBJECTIVES: dict[str, dict[str, Any]] = {
-    "preference": {"main": {"type": "sigmoid"}, "other": "sft"},
-    "policy": {"main": {"type": "grpo"}, "other": "dapo"},
-}
-
-
-def _weighted(family: str) -> list[tuple[str, dict[str, Any]]]:
-    """Compositions of either family."""
-    dynamic = {"type": "dynamic_multi_objective", "objectives": _OBJECTIVES[family], "initial_weights": {"other": 0.3}}
-    return [
-        ("composed", {"type": "composed", "components": _COMPONENTS[family]}),
-        ("composed-balanced", {"type": "composed", "components": _COMPONENTS[family], "balancing": "upgrad"}),
-        ("dynamic_multi_objective", dynamic),
-        ("dynamic_multi_objective-kl", dynamic | {"rule": "constraint", "targets": {"other": 0.1}, "signal": "kl"}),
-        ("dynamic_multi_objective-uncertainty", dynamic | {"rule": "uncertainty", "initial_weights": {}}),
-    ]
-
-
-_VARIANTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
-    "preference": [
-        ("sigmoid-forward_kl", {"type": "sigmoid", "f_divergence_type": "forward_kl"}),
-        ("hinge-js_divergence", {"type": "hinge", "f_divergence_type": "js_divergence"}),
-        ("ipo-alpha_divergence", {"type": "ipo", "f_divergence_type": "alpha_divergence"}),
-        ("aot-smoothed", {"type": "aot", "label_smoothing": 0.2}),
-        ("robust-smoothed", {"type": "robust", "label_smoothing": 0.2}),
-        ("adaptive_dpo-margin", {"type": "adaptive_dpo", "strategy": "margin", "base": "ipo"}),
-        ("adaptive_dpo-kl", {"type": "adaptive_dpo", "strategy": "kl", "target_kl": 1.0, "base": "aot"}),
-        ("clipped_loss", {"type": "clipped_loss", "base_loss": "sigmoid"}),
-        (
-            "clipped_loss-sequence",
-            {
-                "type": "clipped_loss",
-                "base_loss": {"type": "composed", "components": _COMPONENTS["preference"]},
-                "per": "sequence",
-            },
-        ),
-        ("perplexity-both", {"type": "perplexity", "completions": "both"}),
-        ("consistency-rdrop", {"type": "consistency", "mode": "rdrop"}),
-        (
-            "multi_objective_dpo-consistency",
-            {"type": "multi_objective_dpo", "auxiliary_losses": {"consistency": {"threshold": -0.5}}, "base": "ipo"},
-        ),
-    ],
-    "policy": [
-        ("grpo-delta", {"type": "grpo", "epsilon_high": 0.3, "delta": 1.5}),
-        ("luspo-sequence", {"type": "luspo", "importance_sampling_level": "sequence"}),
-        ("sapo-sequence", {"type": "sapo", "importance_sampling_level": "sequence"}),
-        ("cispo-sequence", {"type": "cispo", "epsilon_high": 5.0, "importance_sampling_level": "sequence"}),
-        ("clipped_loss", {"type": "clipped_loss", "base_loss": "grpo"}),
-        (
-            "clipped_loss-sequence",
-            {"type": "clipped_loss", "base_loss": "luspo", "per": "sequence", "max_grad_norm": 100.0},
-        ),
-        ("dynamic_grpo-tokens", {"type": "dynamic_grpo", "embedding": "tokens", "similarity_threshold": 0.3}),
-        ("dra_grpo-tokens", {"type": "dra_grpo", "embedding": "tokens", "negative_rewards": "multiply"}),
-        ("composed_dpo_grpo-sigmoid", {"type": "composed_dpo_grpo", "dpo": "sigmoid", "grpo": "grpo"}),
-        ("rollout_pairs-ipo", {"type": "rollout_pairs", "base": "ipo"}),
-        ("rollout_pairs-sft", {"type": "rollout_pairs", "base": "sft"}),
-        (
-            "rollout_pairs-composed",
-            {"type": "rollout_pairs", "base": {"type": "composed", "components": _COMPONENTS["preference"]}},
-        ),
-    ],
-}
-
 
 #: The row field that a loss reads in place of the log-probabilities.
 LEAVES: dict[str, str] = {"diversity": "hidden", "quality": "hidden"}
-
-
-def configs(family: str) -> dict[str, dict[str, Any]]:
-    """A configuration of every registered loss of a family, and some variants, by test id."""
-    found = {
-        name: {"type": name, **REQUIRED_HYPERPARAMETERS.get(name, {})}
-        for name in LossFunctionRegistry.names(family)
-        if name not in ("composed", "clipped_loss", "dynamic_multi_objective")
-    }
-    return found | dict(_weighted(family)) | dict(_VARIANTS[family])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,83 +262,3 @@ def extreme_data(family: str, *, log_ratios: Sequence[float], advantages: Sequen
     logps = (base + torch.tensor(log_ratios).unsqueeze(1)).requires_grad_()
     items = data.items | ({"advantages": torch.tensor(advantages)} if advantages else {})
     return replace(data.with_rows(logps=logps, ref=base, old=base), items=items)
-
-
-def single_pair(
-    chosen: float, rejected: float, lengths: tuple[int, int] = (1, 1)
-) -> tuple[PreferenceBatch, ModelOutputs]:
-    """One pair of completions whose log-ratios to the reference are `chosen` and `rejected` nats, in float64."""
-    mask = (torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)).long()
-    ref = torch.tensor([[-2.0], [-3.0]], dtype=torch.float64).expand(mask.shape)
-    ratios = torch.tensor([[chosen / lengths[0]], [rejected / lengths[1]]], dtype=torch.float64)
-    logps = (ref + ratios).requires_grad_()
-    ids = torch.zeros(2, mask.size(1) + 1, dtype=torch.long)
-    batch = PreferenceBatch(input_ids=ids, attention_mask=ids, mask=mask)
-    return batch, ModelOutputs(per_token_logps=logps, ref_per_token_logps=ref, mask=mask)
-
-
-def pair_loss(loss: Loss, chosen: float, rejected: float, lengths: tuple[int, int] = (1, 1)) -> float:
-    """The loss of one pair of given log-ratios, nats."""
-    raw, _ = loss(*single_pair(chosen, rejected, lengths))
-    assert raw.shape == (1,)
-    return raw.item()
-
-
-def pair_gradient(loss: Loss, chosen: float, rejected: float) -> tuple[float, float]:
-    """Derivatives of the loss of one pair with respect to the chosen and the rejected log-ratio."""
-    batch, outputs = single_pair(chosen, rejected)
-    raw, _ = loss(batch, outputs)
-    (gradient,) = torch.autograd.grad(raw.sum(), outputs.per_token_logps)
-    return gradient[0, 0].item(), gradient[1, 0].item()
-
-
-def single_sequence(
-    ratios: Sequence[float], advantage: float, old: float = -1.5, **fields: Any
-) -> tuple[PolicyBatch, ModelOutputs]:
-    """One completion whose tokens have the given importance ratios, in float64."""
-    mask = torch.ones(1, len(ratios), dtype=torch.long)
-    olds = torch.full(mask.shape, old, dtype=torch.float64)
-    logps = (olds + torch.tensor([ratios], dtype=torch.float64).log()).requires_grad_()
-    batch = PolicyBatch(
-        prompt_ids=mask,
-        completion_ids=mask,
-        mask=mask,
-        advantages=torch.tensor([advantage], dtype=torch.float64),
-        **fields,
-    )
-    return batch, ModelOutputs(per_token_logps=logps, old_per_token_logps=olds, mask=mask)
-
-
-def token_losses(loss: Loss, ratios: Sequence[float], advantage: float, **fields: Any) -> list[float]:
-    """The unreduced loss of each token of one completion of given importance ratios."""
-    batch, outputs = single_sequence(ratios, advantage, **fields)
-    raw, _ = loss(batch, outputs)
-    return raw.expand(1, len(ratios))[0].tolist()
-
-
-def token_gradients(loss: Loss, ratios: Sequence[float], advantage: float, **fields: Any) -> list[float]:
-    """Derivative of the sum of the unreduced losses with respect to each token's log-probability."""
-    batch, outputs = single_sequence(ratios, advantage, **fields)
-    raw, _ = loss(batch, outputs)
-    (gradient,) = torch.autograd.grad(raw.expand(1, len(ratios)).sum(), outputs.per_token_logps)
-    return gradient[0].tolist()
-
-
-def on_policy_data() -> Data:
-    """Completions of 1 and 3 tokens with advantages 2 and -1, at ratio 1."""
-    data = random_data("policy", size=2, length=4, lengths=[1, 3])
-    data = replace(data, items={"advantages": torch.tensor([2.0, -1.0], dtype=torch.float64)})
-    return data.with_rows(old=data.rows["logps"].detach())
-
-
-def on_policy_loss(loss: Loss) -> float:
-    """Reduced loss of `on_policy_data`."""
-    return on_policy_data().loss(loss).item()
-
-
-def column_pairs(policy: Sequence[float], ref: Sequence[float]) -> tuple[PreferenceBatch, ModelOutputs]:
-    """Pairs of one-token completions with given policy and reference log-probabilities (chosen, then rejected)."""
-    mask = torch.ones(len(policy), 1, dtype=torch.long)
-    logps, refs = (torch.tensor(values, dtype=torch.float64).unsqueeze(1) for values in (policy, ref))
-    batch = PreferenceBatch(input_ids=mask, attention_mask=mask, mask=mask)
-    return batch, ModelOutputs(per_token_logps=logps, ref_per_token_logps=refs, mask=mask)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,15 @@ NAN = math.nan
 _REWARDS = [1.0, -2.0, 3.0, 1.0, 5.0, 5.0, 5.0, 5.0, 0.5, -0.5, NAN, 0.0, NAN, NAN, 7.0, NAN]
 #: Chosen and rejected completions of `sampled`.
 PAIRS = [(2, 1), (8, 9)]
+#: A sum of losses of pairs.
+COMPOSED: dict[str, Any] = {
+    "type": "composed",
+    "components": [
+        {"type": "sigmoid", "weight": 0.7, "beta": 0.4},
+        {"type": "sft", "weight": 0.2},
+        {"type": "ipo", "weight": -0.1, "beta": 0.5},
+    ],
+}
 
 
 def sampled(*, rewards: list[float] | None = None, on_policy: bool = True) -> Data:

@@ -17,10 +17,10 @@ from trl_custom_losses.reductions import reduce_loss
 from trl_custom_losses.registry import BuildContext
 from trl_custom_losses.state import HostState
 
-from . import factories
+from .configs import configs
 from .factories import Data, extreme_data, random_data
 
-_CASES = [(family, name) for family in ("preference", "policy") for name in factories.configs(family)]
+_CASES = [(family, name) for family in ("preference", "policy") for name in configs(family)]
 # These differentiate through a detached weight, so that the gradient is not that of the value; their own tests
 # compare it with the formula.
 _DETACHED_WEIGHTS = ("cispo", "vespo")
@@ -41,7 +41,7 @@ class Case(NamedTuple):
 
 
 def _build(family: str, name: str) -> Loss:
-    return LossFunctionRegistry.build(factories.configs(family)[name], context=BuildContext(family=family))
+    return LossFunctionRegistry.build(configs(family)[name], context=BuildContext(family=family))
 
 
 @pytest.fixture(params=_CASES, ids=":".join)

@@ -24,6 +24,7 @@ from trl_custom_losses import (
     CustomGRPOTrainer,
     PolicyLoss,
 )
+from trl_custom_losses.losses.preference import SigmoidLoss
 
 GLOBAL_BATCH = 8
 STEPS = 3
@@ -32,6 +33,17 @@ COMPOSED = {
     "type": "composed",
     "components": [{"type": "sigmoid", "name": "pref"}, {"type": "sft", "name": "sft", "weight": 0.3}],
 }
+
+
+class RandomScale(SigmoidLoss):
+    """DPO times a learned factor that starts at random."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        self.scale = torch.nn.Parameter(1 + 0.1 * torch.randn(()))
+
+    def forward(self, batch, outputs):
+        return self.scale.abs() * super().forward(batch, outputs)[0], {}
 
 
 class RankedLoss(PolicyLoss):
@@ -58,6 +70,10 @@ HIDDEN = {"embedding": "hidden", "similarity_threshold": 0.5}
 ADAPTIVE: dict[str, dict[str, Any]] = {
     "dpo_trend": {"loss": {"type": "dynamic_multi_objective", "objectives": PAIR, "adaptation_rate": 0.1}},
     "dpo_dwa": {"loss": {"type": "dynamic_multi_objective", "objectives": PAIR, "rule": "dwa", "window": 1}},
+    "dpo_softadapt": {
+        "loss": {"type": "dynamic_multi_objective", "objectives": PAIR, "rule": "softadapt", "window": 1}
+    },
+    "dpo_relobralo": {"loss": {"type": "dynamic_multi_objective", "objectives": PAIR, "rule": "relobralo"}},
     "dpo_uncertainty": {"loss": {"type": "dynamic_multi_objective", "objectives": PAIR, "rule": "uncertainty"}},
     "dpo_constraint": {
         "loss": {
@@ -69,6 +85,14 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
         }
     },
     "dpo_balanced": {"loss": {"type": "composed", "components": COMPONENTS, "balancing": "upgrad"}},
+    "dpo_mgda": {"loss": {"type": "composed", "components": COMPONENTS, "balancing": "mgda"}},
+    "dpo_pcgrad": {"loss": {"type": "composed", "components": COMPONENTS, "balancing": "pcgrad"}},
+    "dpo_current": {
+        "loss": {"type": "composed", "components": COMPONENTS, "balancing": {"type": "upgrad", "gramian": "current"}}
+    },
+    "dpo_random": {"loss": {"type": "tests.trainers.distributed_worker:RandomScale"}},
+    "dpo_kl": {"loss": {"type": "adaptive_dpo", "strategy": "kl", "beta": 0.5, "target_kl": 0.5, "horizon": 20}},
+    "dpo_lag0": {"loss": {"type": "adaptive_dpo", "strategy": "margin", "beta": 0.5, "lag": 0}},
     "dpo_margin": {"loss": {"type": "adaptive_dpo", "strategy": "margin", "beta": 0.5}},
     "dpo_clipped": {"loss": {"type": "clipped_loss", "base_loss": "sigmoid", "max_grad_norm": 0.02, "per": "sequence"}},
     "dpo_consistency": {
@@ -79,8 +103,8 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
     "grpo_objectives": {"loss": {"type": "multi_objective_grpo", "quality_weight": 0.1, "diversity_weight": 0.1}},
     "grpo_pairs": {"loss": {"type": "composed_dpo_grpo", "dpo": {"type": "sigmoid", "beta": 0.5}}},
 }
-# The neighbours of a micro-batch are its own, so these depend on how a batch is accumulated.
-COUPLED = ("dpo_consistency",)
+# These act on a micro-batch's own neighbours, margin or angles, so they depend on how a batch is accumulated.
+COUPLED = ("dpo_consistency", "dpo_current", "dpo_lag0")
 
 # Name -> family, loss (None: TRL's own through its stock trainer), accumulation, LoRA, further config.
 CASES: dict[str, dict[str, Any]] = {

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from tests import tiny
 from trl_custom_losses import CustomDPOConfig, CustomDPOTrainer, LossConfigError
 from trl_custom_losses.losses.preference import SigmoidLoss
+from trl_custom_losses.trainers.config import build_loss
 
 
 class Averaging(SigmoidLoss):
@@ -142,6 +143,26 @@ class GradientsSeen(TrainerCallback):
 
     def on_pre_optimizer_step(self, *args, **kwargs) -> None:
         self.seen.append(self.parameter.grad.item())
+
+
+class Random(SigmoidLoss):
+    """Starts anew each time."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        self.register_buffer("start", torch.randn(3))
+
+
+def test_a_random_start_is_that_of_the_seed_and_changes_no_other_number(run_arguments):
+    losses = []
+    for seed, before in [(3, 0), (3, 1), (4, 0)]:
+        torch.manual_seed(before)
+        config = CustomDPOConfig(**{**run_arguments, "seed": seed})
+        losses.append(build_loss({"type": f"{__name__}:Random"}, config))
+        found = torch.randn(2)
+        torch.manual_seed(before)
+        assert torch.equal(found, torch.randn(2))
+    assert torch.equal(losses[0].start, losses[1].start) and not torch.equal(losses[0].start, losses[2].start)
 
 
 def test_a_second_training_holds_the_parameters_once(dense_model, run_arguments):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import LossConfigError
 from ..hyperparameters import check_choice, check_range, check_type, hyperparameters_of, resolve, suggestion
-from ..state import HostState
+from ..state import HostState, host, host_zeros
 from .gradients import AGGREGATORS, Aggregator
 
 Source = Literal["previous", "current"]
@@ -49,8 +49,8 @@ class GradientBalancer(HostState):
         self.source = check_choice("gramian", source, Source)
         self.step = 0
         size = len(self.names)
-        self.register_buffer("average", torch.zeros(size, size, dtype=torch.float64))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("average", host_zeros(size, size))
+        self.register_buffer("steps", host(0, torch.int64))
 
     def factors(self, gramian: Tensor | None, weights: Sequence[float]) -> list[float]:
         """What each objective's weight is to be multiplied by; 1 for an objective that has no gradient.
@@ -63,7 +63,7 @@ class GradientBalancer(HostState):
             if self.steps == 0:
                 return [1.0] * len(self.names)
             gramian = self.average
-        scale = torch.tensor(list(weights), dtype=torch.float64)
+        scale = host(list(weights))
         weighted = scale.unsqueeze(1) * gramian.to("cpu", torch.float64) * scale
         factors = torch.ones_like(scale)
         # An objective without a gradient, such as one of weight 0, has no say; MGDA would give it all the weight.

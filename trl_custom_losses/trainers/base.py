@@ -22,7 +22,7 @@ from .columns import COLUMN_PREFIX, check_columns
 from .config import build_loss, check_parallelism
 from .forward import check_dropout, find_backbone
 from .learned import LearnedParametersCallback, add_to_optimizer, check_trainable, learned_parameters
-from .loss_state import check_state, read_state, write_state
+from .loss_state import check_state, read_state, share_state, write_state
 from .metric_buffer import MetricBuffer
 
 #: What Trainer and TRL log themselves.
@@ -110,6 +110,7 @@ class LossFunctionTrainer:
             return
         check_parallelism(self.accelerator.parallelism_config)  # a launcher may set it too
         self.loss_function.to(device)
+        share_state(self.loss_function, self.accelerator)
         # What the loss keeps in evaluation mode, such as a frozen scorer, stays so.
         self._always_evaluating = [module for module in self.loss_function.modules() if not module.training]
         self._ranks = Ranks(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 from trl import DPOConfig, GRPOConfig
 
@@ -88,7 +89,11 @@ def build_loss(loss_function: Any, config: DPOConfig | GRPOConfig) -> Loss:
         defaults_from=type(config).__name__,
         untouched=frozenset(name for name in fields if not is_set(config, name)),
     )
-    loss = LossFunctionRegistry.build(parse_loss_function(loss_function), context=context)
+    # What a loss starts from at random is the same on every rank, and what a model is made from afterwards is as it
+    # would be without a loss.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        loss = LossFunctionRegistry.build(parse_loss_function(loss_function), context=context)
     check_parallelism(config.parallelism_config)
     (_check_dpo_options if family == "preference" else _check_grpo_options)(loss, config)
     return loss

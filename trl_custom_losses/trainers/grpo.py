@@ -16,14 +16,11 @@ from ..reductions import evaluate, reduce_loss, reduce_values
 from ..summaries import summarise
 from ..types import Denominators, ModelOutputs, PolicyBatch
 from .base import LossFunctionTrainer
-from .columns import COLUMN_PREFIX, column_values
 from .config import CustomGRPOConfig
 from .forward import PolicyForward
-from .rollout import FORWARD_OPTIONS, make_rollout
+from .rollout import FORWARD_OPTIONS, GROUPS, PREPARED_PREFIX, REWARDS, extend_rollout
 
 _TRL_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
-
-_REWARDS, _GROUPS, _PREPARED_PREFIX = "loss_rewards", "loss_group_ids", "loss_prepared:"
 
 
 class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
@@ -102,48 +99,8 @@ class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
         with self._reference_switched_on(self):
             output = super()._generate_and_score_completions(inputs)
         if self.loss_function is not None:
-            self._extend_rollout(inputs, output)
+            extend_rollout(self, inputs, output, self._gathered_rewards)
         return output
-
-    def _extend_rollout(self, inputs: list[dict[str, Any]], output: dict[str, Any]) -> None:
-        """Add rewards, prompt groups, columns and what the loss prepares, while prompt groups are still whole."""
-        mode = "train" if self.model.training else "eval"
-        rewards = self._gathered_rewards  # (N, F), all ranks
-        size = output["completion_ids"].size(0)
-        local = slice(self.accelerator.process_index * size, (self.accelerator.process_index + 1) * size)
-        generations = self.num_generations if mode == "train" else self.num_generations_eval
-        groups = torch.arange(rewards.size(0), device=rewards.device) // generations
-        columns = {name: column_values(inputs, name) for name in self._columns}
-        columns = {
-            name: value.to(rewards.device) if isinstance(value, Tensor) else value for name, value in columns.items()
-        }
-        output[_REWARDS], output[_GROUPS] = rewards[local], groups[local]
-        output |= {COLUMN_PREFIX + name: value for name, value in columns.items()}
-        if not self.loss_function.prepares:
-            return
-        rollout = make_rollout(self, output, rewards, groups, local, columns)
-        with torch.no_grad():
-            prepared = self.loss_function.prepare(rollout)
-        for name, value in prepared.items():
-            if not isinstance(value, Tensor) or value.dim() == 0 or value.size(0) != size:
-                raise ValueError(
-                    f"`prepare` of the loss '{self.loss_function.name}' must return tensors with {size} rows, this "
-                    f"rank's sequences; '{name}' is {tuple(value.shape) if isinstance(value, Tensor) else type(value)}"
-                )
-            if name == "advantages":
-                self._replace_advantages(output, value)
-            else:
-                output[_PREPARED_PREFIX + name] = value
-
-    def _replace_advantages(self, output: dict[str, Any], advantages: Tensor) -> None:
-        """Use the loss's advantages, in the completions table too (the mean over tokens, if they are per token)."""
-        output["advantages"] = advantages.detach()
-        per_sequence = advantages.detach() if advantages.dim() == 1 else advantages.detach().mean(1)
-        shown = self.accelerator.gather(per_sequence).tolist()
-        table = self._logs["advantages"]
-        for _ in range(min(len(shown), len(table))):
-            table.pop()
-        table.extend(shown)
 
     # Loss
 
@@ -255,16 +212,16 @@ class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
             completion_ids=inputs["completion_ids"],
             mask=outputs.mask,
             advantages=inputs["advantages"],
-            rewards=inputs.get(_REWARDS),
-            group_ids=inputs.get(_GROUPS),
+            rewards=inputs.get(REWARDS),
+            group_ids=inputs.get(GROUPS),
             on_policy_mask=on_policy_mask,
             entropy_mask=entropy_mask,
             importance_sampling_ratio=ratio,
             columns=self._take_columns(inputs),
             prepared={
-                name.removeprefix(_PREPARED_PREFIX): value
+                name.removeprefix(PREPARED_PREFIX): value
                 for name, value in inputs.items()
-                if name.startswith(_PREPARED_PREFIX)
+                if name.startswith(PREPARED_PREFIX)
             },
             ranks=self._ranks,
             denominators=self._denominators(inputs, outputs.mask, accumulation),

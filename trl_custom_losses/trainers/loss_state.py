@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -47,3 +50,12 @@ def read_state(loss: Loss, folder: Path) -> None:
     if not file.exists():
         raise FileNotFoundError(f"the loss '{loss.name}' has state, but the checkpoint lacks {file}")
     loss.load_state_dict(load_file(file))  # to the host; copied from there to wherever the loss is
+
+
+def share_state(loss: Loss, accelerator: Accelerator) -> None:
+    """Give every rank the first rank's state, for a loss that each rank has made for itself."""
+    if accelerator.num_processes == 1:
+        return
+    with torch.no_grad():
+        for value in loss.state_dict().values():
+            value.copy_(broadcast(value.to(accelerator.device)))

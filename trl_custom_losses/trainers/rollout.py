@@ -11,6 +11,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from ..types import ModelOutputs, Ranks, Rollout
+from .columns import COLUMN_PREFIX, column_values
 from .forward import PolicyForward
 
 # What TRL's per-token forward takes besides ids, mask and lengths: image tensors and the like.
@@ -19,6 +20,9 @@ FORWARD_OPTIONS = tuple(
     for name, parameter in inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters.items()
     if parameter.default is None and name != "batch_size"
 )
+
+#: Names under which a generation batch carries what losses see to the micro-batches.
+REWARDS, GROUPS, PREPARED_PREFIX = "loss_rewards", "loss_group_ids", "loss_prepared:"
 
 
 class _PoolingForward(PolicyForward):
@@ -145,3 +149,47 @@ def make_rollout(
         forward=lambda: model.outputs,
         encode=model.encode,
     )
+
+
+def extend_rollout(trainer: Any, inputs: list[dict[str, Any]], output: dict[str, Any], rewards: Tensor) -> None:
+    """Add rewards, prompt groups, columns and what the loss prepares, while prompt groups are still whole.
+
+    Args:
+        trainer: A `CustomGRPOTrainer` with a loss.
+        inputs: This rank's rows of the data set.
+        output: What TRL's generation returned, this rank's B rows; extended in place.
+        rewards: Raw rewards of all ranks, (N, F).
+    """
+    size, index = output["completion_ids"].size(0), trainer.accelerator.process_index
+    local = slice(index * size, (index + 1) * size)
+    generations = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
+    groups = torch.arange(rewards.size(0), device=rewards.device) // generations
+    columns = {name: column_values(inputs, name) for name in trainer._columns}
+    columns = {name: v.to(rewards.device) if isinstance(v, Tensor) else v for name, v in columns.items()}
+    output[REWARDS], output[GROUPS] = rewards[local], groups[local]
+    output |= {COLUMN_PREFIX + name: value for name, value in columns.items()}
+    loss = trainer._loss_in_mode()
+    if not loss.prepares:
+        return
+    with torch.no_grad():
+        prepared = loss.prepare(make_rollout(trainer, output, rewards, groups, local, columns))
+    for name, value in prepared.items():
+        if not isinstance(value, Tensor) or value.dim() == 0 or value.size(0) != size:
+            raise ValueError(
+                f"`prepare` of the loss '{loss.name}' must return tensors with {size} rows, this rank's sequences; "
+                f"'{name}' is {tuple(value.shape) if isinstance(value, Tensor) else type(value)}"
+            )
+        if name == "advantages":
+            _replace_advantages(trainer, output, value.detach())
+        else:
+            output[PREPARED_PREFIX + name] = value
+
+
+def _replace_advantages(trainer: Any, output: dict[str, Any], advantages: Tensor) -> None:
+    """Use the loss's advantages, in the completions table too (the mean over tokens, if they are per token)."""
+    output["advantages"] = advantages
+    shown = trainer.accelerator.gather(advantages if advantages.dim() == 1 else advantages.mean(1)).tolist()
+    table = trainer._logs["advantages"]
+    for _ in range(min(len(shown), len(table))):
+        table.pop()
+    table.extend(shown)

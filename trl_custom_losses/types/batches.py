@@ -14,7 +14,7 @@ from .common import Denominators, Ranks
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class PreferenceBatch(ExplainsMissingFields):
-    """A micro-batch of B preference pairs; see the table at the top of this module.
+    """A micro-batch of B preference pairs; see the table in `types`.
 
     Args:
         input_ids: Tokens of prompt and completion, (2B, T + 1).
@@ -92,7 +92,7 @@ class PreferenceBatch(ExplainsMissingFields):
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class PolicyBatch(ExplainsMissingFields):
-    """A micro-batch of B sampled completions; see the table at the top of this module.
+    """A micro-batch of B sampled completions; see the table in `types`.
 
     Args:
         prompt_ids: (B, P), padded left.

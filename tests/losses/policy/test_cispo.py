@@ -6,7 +6,7 @@ import pytest
 
 from trl_custom_losses.losses.policy import CISPOLoss
 
-from ..factories import on_policy_data, single_sequence, token_gradients, token_losses
+from ..singles import on_policy_data, single_sequence, token_gradients, token_losses
 
 _RATIOS = [0.5, 1.0, 3.0]
 _LOGPS = [-1.5 + log(ratio) for ratio in _RATIOS]

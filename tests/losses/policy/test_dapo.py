@@ -4,7 +4,8 @@ import pytest
 
 from trl_custom_losses.losses.policy import DAPOLoss
 
-from ..factories import on_policy_loss, random_data, token_losses
+from ..factories import random_data
+from ..singles import on_policy_loss, token_losses
 
 
 def test_surrogate_is_grpos() -> None:

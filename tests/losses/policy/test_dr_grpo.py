@@ -5,7 +5,7 @@ import pytest
 from trl_custom_losses import LossConfigError, LossFunctionRegistry
 from trl_custom_losses.losses.policy import DrGRPOLoss
 
-from ..factories import on_policy_loss, token_losses
+from ..singles import on_policy_loss, token_losses
 
 
 def test_surrogate_is_grpos() -> None:

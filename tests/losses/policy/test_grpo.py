@@ -4,7 +4,7 @@ import pytest
 
 from trl_custom_losses.losses.policy import GRPOLoss
 
-from ..factories import on_policy_loss, single_sequence, token_gradients, token_losses
+from ..singles import on_policy_loss, single_sequence, token_gradients, token_losses
 
 _RATIOS = [0.5, 1.0, 1.5]
 

@@ -4,7 +4,7 @@ import pytest
 
 from trl_custom_losses.losses.policy import LUSPOLoss
 
-from ..factories import on_policy_loss, token_losses
+from ..singles import on_policy_loss, token_losses
 
 
 def test_surrogate_is_grpos() -> None:

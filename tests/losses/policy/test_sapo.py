@@ -7,7 +7,7 @@ import pytest
 from trl_custom_losses import LossConfigError
 from trl_custom_losses.losses.policy import SAPOLoss
 
-from ..factories import on_policy_loss, token_gradients, token_losses
+from ..singles import on_policy_loss, token_gradients, token_losses
 
 _RATIOS = [0.5, 1.0, 3.0]
 

@@ -9,7 +9,7 @@ from trl_custom_losses import LossConfigError
 from trl_custom_losses.losses.policy import VESPOLoss
 from trl_custom_losses.reductions import reduce_loss
 
-from ..factories import on_policy_data, single_sequence, token_gradients, token_losses
+from ..singles import on_policy_data, single_sequence, token_gradients, token_losses
 
 
 def _phi(weight: float, k: float, rate: float) -> float:

@@ -6,7 +6,7 @@ import pytest
 
 from trl_custom_losses.losses.preference import AOTUnpairedLoss
 
-from ..factories import column_pairs, pair_loss
+from ..singles import column_pairs, pair_loss
 
 _POLICY = [-1.0, -2.0, -3.0, -5.0, -2.5, -1.0]
 _REFERENCE = [-2.0, -2.0, -2.0, -1.0, -5.0, -3.0]

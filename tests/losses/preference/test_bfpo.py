@@ -6,7 +6,7 @@ import torch
 from trl_custom_losses import LossConfigError
 from trl_custom_losses.losses.preference import BFPOLoss
 
-from ..factories import single_pair
+from ..singles import single_pair
 
 
 def _pair(

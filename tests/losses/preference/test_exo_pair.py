@@ -7,7 +7,7 @@ import pytest
 from trl_custom_losses import LossConfigError, LossFunctionRegistry
 from trl_custom_losses.losses.preference import EXOPairLoss
 
-from ..factories import pair_gradient, pair_loss
+from ..singles import pair_gradient, pair_loss
 
 
 @pytest.mark.parametrize(("beta", "margin"), [(0.1, 3.0), (0.5, -2.0), (0.1, 0.0)])

@@ -7,7 +7,7 @@ import pytest
 from trl_custom_losses import LossConfigError
 from trl_custom_losses.losses.preference import RobustLoss
 
-from ..factories import pair_loss
+from ..singles import pair_loss
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from trl_custom_losses import LossConfigError
 from trl_custom_losses.losses.preference import SafeDPOLoss, SigmoidLoss
 from trl_custom_losses.reductions import reduce_loss
 
-from ..factories import random_data, single_pair
+from ..factories import random_data
+from ..singles import single_pair
 
 
 def _loss(z: float) -> float:

@@ -8,7 +8,7 @@ import torch
 from trl_custom_losses.losses.preference import SigmoidLoss
 from trl_custom_losses.losses.preference.score_difference import FDivergence, f_prime
 
-from ..factories import pair_loss
+from ..singles import pair_loss
 
 
 @pytest.mark.parametrize(

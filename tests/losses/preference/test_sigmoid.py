@@ -6,7 +6,7 @@ import pytest
 
 from trl_custom_losses.losses.preference import SigmoidLoss
 
-from ..factories import pair_gradient, pair_loss
+from ..singles import pair_gradient, pair_loss
 
 
 @pytest.mark.parametrize(

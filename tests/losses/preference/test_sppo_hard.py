@@ -4,7 +4,7 @@ import pytest
 
 from trl_custom_losses.losses.preference import SPPOHardLoss
 
-from ..factories import pair_gradient, pair_loss
+from ..singles import pair_gradient, pair_loss
 
 
 @pytest.mark.parametrize(

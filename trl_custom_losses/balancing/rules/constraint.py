@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ...errors import LossConfigError
 from ...hyperparameters import check_range, suggestion
-from .rule import WeightRule, host, zeros
+from ...state import host, host_zeros
+from .rule import WeightRule
 
 
 class ConstraintWeights(WeightRule):
@@ -63,8 +64,8 @@ class ConstraintWeights(WeightRule):
         if not (self.k_i or self.k_p):
             raise LossConfigError("hyperparameters 'k_i' and 'k_p': expected at least one above 0, found 0 and 0")
         self.nu = check_range("nu", nu, above=-1, below=1)
-        self.register_buffer("xi", zeros(len(names)))
-        self.register_buffer("started", zeros(len(names)))  # 1 once xi is filled
+        self.register_buffer("xi", host_zeros(len(names)))
+        self.register_buffer("started", host_zeros(len(names)))  # 1 once xi is filled
 
     def move(self, values: Tensor, usable: Tensor, step: int) -> Tensor:
         targets = host([self.targets.get(name, math.nan) for name in self.names])

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ...hyperparameters import check_range
-from .rule import WeightRule, balance, host, loss_ratio, zeros
+from ...state import host, host_zeros
+from .rule import WeightRule, balance, loss_ratio
 
 
 class WindowedRule(WeightRule):
@@ -36,11 +37,11 @@ class WindowedRule(WeightRule):
     def __init__(self, *, names: Sequence[str], initial_weights: Sequence[float], window: int, points: int) -> None:
         super().__init__(names=names, initial_weights=initial_weights)
         self.window = check_range("window", window, at_least=1)
-        self.register_buffer("total", zeros(len(names)))  # of the window that is open
-        self.register_buffer("count", zeros(len(names)))
-        self.register_buffer("steps", zeros())
-        self.register_buffer("means", zeros(points, len(names)))  # oldest first
-        self.register_buffer("known", zeros(len(names)))  # how many of them are filled
+        self.register_buffer("total", host_zeros(len(names)))  # of the window that is open
+        self.register_buffer("count", host_zeros(len(names)))
+        self.register_buffer("steps", host_zeros())
+        self.register_buffer("means", host_zeros(points, len(names)))  # oldest first
+        self.register_buffer("known", host_zeros(len(names)))  # how many of them are filled
 
     def move(self, values: Tensor, usable: Tensor, step: int) -> Tensor:
         self.total, self.count, self.steps = self.total + values, self.count + usable, self.steps + 1
@@ -49,7 +50,7 @@ class WindowedRule(WeightRule):
         mean, points = self.total / self.count.clamp(min=1), self.means.size(0)
         self.means = torch.where(self.count > 0, torch.cat([self.means[1:], mean[None]]), self.means)
         self.known = torch.where(self.count > 0, (self.known + 1).clamp(max=points), self.known)
-        self.total, self.count, self.steps = zeros(len(self.names)), zeros(len(self.names)), zeros()
+        self.total, self.count, self.steps = host_zeros(len(self.names)), host_zeros(len(self.names)), host_zeros()
         return host(self.initial_weights) * self.multipliers(self.known == points)
 
     @abstractmethod

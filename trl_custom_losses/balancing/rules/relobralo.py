@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ...hyperparameters import check_range
-from .rule import WeightRule, balance, host, loss_ratio, zeros
+from ...state import host, host_zeros
+from .rule import WeightRule, balance, loss_ratio
 
 
 class ReLoBRaLoWeights(WeightRule):
@@ -62,9 +63,9 @@ class ReLoBRaLoWeights(WeightRule):
         self.rho = check_range("rho", rho, at_least=0, at_most=1)
         self.seed = seed
         self.loss_floor = check_range("loss_floor", loss_floor, above=0)
-        self.register_buffer("first", zeros(len(names)))
-        self.register_buffer("previous", zeros(len(names)))
-        self.register_buffer("seen", zeros(len(names)))  # 1 once first and previous are filled
+        self.register_buffer("first", host_zeros(len(names)))
+        self.register_buffer("previous", host_zeros(len(names)))
+        self.register_buffer("seen", host_zeros(len(names)))  # 1 once first and previous are filled
         self.register_buffer("multipliers", torch.ones_like(self.current))
 
     def remembers(self, step: int) -> bool:

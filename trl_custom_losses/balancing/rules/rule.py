@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...errors import LossConfigError
 from ...hyperparameters import check_range
-from ...state import HostState
+from ...state import HostState, host
 
 # Where a rule lets a weight grow without end, float32 must still hold the weight times a loss.
 LARGEST_WEIGHT = 1e6
@@ -79,16 +79,6 @@ class WeightRule(HostState, ABC):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={weight:g}" for name, weight in zip(self.names, self.weights, strict=True))
-
-
-def host(values: Sequence[float]) -> Tensor:
-    """A float64 tensor on the host, whatever torch's default device is."""
-    return torch.tensor(values, dtype=torch.float64, device="cpu")
-
-
-def zeros(*shape: int) -> Tensor:
-    """Zeros in float64 on the host, whatever torch's default device is."""
-    return torch.zeros(shape, dtype=torch.float64, device="cpu")
 
 
 def check_objectives(names: Sequence[str], weights: Sequence[float], **bounds: float) -> None:

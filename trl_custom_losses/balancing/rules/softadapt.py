@@ -8,8 +8,9 @@ from typing import Literal
 from torch import Tensor
 
 from ...hyperparameters import check_choice, check_range
+from ...state import host
 from .dwa import WindowedRule
-from .rule import balance, host
+from .rule import balance
 
 Variant = Literal["original", "normalized", "loss_weighted"]
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ...hyperparameters import check_range
-from .rule import WeightRule, check_objectives, zeros
+from ...state import host_zeros
+from .rule import WeightRule, check_objectives
 
 _RECENT = 10
 # Two means of the same constant differ by rounding; such a difference is no trend.
@@ -53,10 +54,10 @@ class TrendWeights(WeightRule):
         self.adaptation_rate = check_range("adaptation_rate", adaptation_rate, at_least=0, below=1)
         self.floor = check_range("floor", floor, above=0)
         check_objectives(names, initial_weights, at_least=floor)
-        self.register_buffer("recent", zeros(_RECENT, len(names)))  # oldest first
-        self.register_buffer("seen", zeros(len(names)))  # how many of them are filled
-        self.register_buffer("older_sum", zeros(len(names)))
-        self.register_buffer("older_count", zeros(len(names)))
+        self.register_buffer("recent", host_zeros(_RECENT, len(names)))  # oldest first
+        self.register_buffer("seen", host_zeros(len(names)))  # how many of them are filled
+        self.register_buffer("older_sum", host_zeros(len(names)))
+        self.register_buffer("older_count", host_zeros(len(names)))
 
     def move(self, values: Tensor, usable: Tensor, step: int) -> Tensor:
         leaves = usable & (self.seen == _RECENT)  # the oldest recent loss makes room

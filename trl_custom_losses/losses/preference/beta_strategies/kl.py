@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ....state import host
 from ....types import ModelOutputs, PreferenceBatch
 from .strategy import LOWEST_BETA, BetaStrategy, total_and_count
 
@@ -44,7 +45,7 @@ class KLControlled(BetaStrategy):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("factor", torch.ones((), dtype=torch.float64))
+        self.register_buffer("factor", host(1.0))
 
     def begin_step(self, loss: AdaptiveDPOLoss, step: int) -> float:
         return max(loss.initial_beta * self.factor.item(), LOWEST_BETA)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ....state import host
 from ....types import ModelOutputs, PreferenceBatch, Ranks
 from .strategy import LOWEST_BETA, BetaStrategy, total_and_count
 
@@ -38,9 +39,9 @@ class MarginFollowing(BetaStrategy):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("margin", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("average", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("margin", host(0.0))
+        self.register_buffer("average", host(0.0))
+        self.register_buffer("steps", host(0, torch.int64))
         self._average: float | None = None  # at the step's beginning, where a forward pass can read it without waiting
 
     def begin_step(self, loss: AdaptiveDPOLoss, step: int) -> float:
