@@ -47,7 +47,6 @@ def _take_steps(loss: ComposableLossFunction, steps: int) -> list[dict[str, floa
     found = []
     for step in range(steps):
         loss.move_to_step(step)
-        loss.on_step_begin(step)
         found.append(dict(loss.current_weights()))
     return found
 
@@ -157,7 +156,6 @@ def test_a_resumed_run_meets_the_schedule_where_it_was() -> None:
     resumed.on_train_begin(6)
     for step in (4, 5):
         resumed.move_to_step(step)
-        resumed.on_step_begin(step)
         assert resumed.current_weights() == expected[step]
 
 

@@ -91,6 +91,7 @@ def test_whole_numbers_where_the_hyperparameter_takes_no_others() -> None:
     [
         ({"type": "liner", "start": 1, "end": 0}, "no schedule 'liner' .did you mean 'linear'"),
         ({"type": 3}, "no schedule 3"),
+        ({"type": ["linear"]}, "no schedule .'linear'."),
         ({"type": "linear", "start": 1.0}, "needs 'end'"),
         ({"type": "linear", "start": 1.0, "end": 0.0, "steps": 3}, "has no 'steps' .did you mean 'total_steps'"),
         ({"type": "linear", "start": "1", "end": 0.0}, "'start': expected float, found '1'"),

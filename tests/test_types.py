@@ -284,3 +284,15 @@ def test_scopes_nest() -> None:
 def test_preference_batches_have_one_scope() -> None:
     batch = _preference()
     assert batch.scoped("a") is batch
+
+
+def test_gradients_are_masked_by_position_and_not_by_shape() -> None:
+    """A hidden state as wide as the completions are long has no positions."""
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    logps, hidden = (torch.ones(2, 3, requires_grad=True) for _ in range(2))
+    outputs = ModelOutputs(per_token_logps=logps, mask=mask, pooled_hidden=hidden)
+    loss = (outputs.per_token_logps + outputs.pooled_hidden).sum()  # sums over padding too
+    on_logps, on_hidden = outputs.gradients(loss)
+    assert on_logps.tolist() == mask.tolist() and on_hidden.tolist() == [[1] * 3] * 2
+    (unused,) = ModelOutputs(per_token_logps=logps, mask=mask).gradients(hidden.sum())
+    assert not unused.any()

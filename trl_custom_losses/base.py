@@ -157,7 +157,10 @@ class Loss(nn.Module):
         return self.__dict__.pop("_observed", {})
 
     def move_to_step(self, step: int) -> None:
-        """Set scheduled hyperparameters to their values at `step`; for the driver."""
+        """Set what follows from the step and the state, such as scheduled hyperparameters; for the driver.
+
+        Called before an optimizer step, and before an evaluation that comes first.
+        """
         for name, schedule in self.schedules.items():
             setattr(self.owner_of(name), name, schedule.value(step))
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .balancing.balancer import make_balancer
-from .balancing.gramian import gramian_of
+from .balancing.balancer import gramian_of, make_balancer
 from .base import Loss, Metrics
 from .errors import LossConfigError
 from .hyperparameters import check_type
@@ -161,16 +160,14 @@ class ComposableLossFunction(LossOfLosses):
         """The components' weights at this step, before balancing."""
         return self.weights
 
-    def move_to_step(self, step: int) -> None:
-        super().move_to_step(step)
-        for name, schedule in self.weight_schedules.items():
-            self.weights[name] = schedule.value(step)
-
     def on_train_begin(self, total_steps: int) -> None:
         for schedule in self.weight_schedules.values():
             schedule.begin(total_steps)
 
-    def on_step_begin(self, step: int) -> None:
+    def move_to_step(self, step: int) -> None:
+        super().move_to_step(step)
+        for name, schedule in self.weight_schedules.items():
+            self.weights[name] = schedule.value(step)
         if self.balancer is not None:
             self.balancer.step = step
             if self.balancer.source == "previous":
@@ -189,11 +186,11 @@ class ComposableLossFunction(LossOfLosses):
 
     def _balance(self, contributions: Mapping[str, Tensor], batch: Batch, outputs: ModelOutputs) -> None:
         """Observe the angles between the components' gradients; with `gramian: current`, act on them at once."""
-        anchors = outputs.anchors()
-        if self.balancer is None or not torch.is_grad_enabled() or not anchors or not self.training:
+        observing = self.balancer is not None and self.training and torch.is_grad_enabled()
+        if not observing or not outputs.anchors():
             return
         fraction = batch.denominators.step_fraction
-        gramian = gramian_of(list(contributions.values()), anchors, outputs.mask) * fraction**2
+        gramian = gramian_of([outputs.gradients(part) for part in contributions.values()]) * fraction**2
         self.observe("gramian", gramian)
         if self.balancer.source == "current":
             self._set_factors(batch.ranks.sum(gramian.detach()))
@@ -262,7 +259,9 @@ def _weights_by_name(
 
 
 def build_component(config: Any, context: BuildContext, where: str) -> Loss:
-    """Build one component from a name or a dict with `type`; `where` begins the message if it is neither."""
+    """Build one component from a name or a dict with `type`, or take a loss object; `where` begins other messages."""
+    if isinstance(config, Loss):
+        return config
     if isinstance(config, str):
         config = {"type": config}
     if not isinstance(config, Mapping) or not isinstance(config.get("type"), str):

@@ -259,7 +259,7 @@ def as_schedule(value: Any, annotation: Any, where: str) -> Schedule:
 def _parse(config: Mapping[str, Any], where: str) -> Schedule:
     settings = dict(config)
     name = settings.pop(KEY)
-    if name not in SCHEDULES:
+    if not isinstance(name, str) or name not in SCHEDULES:
         raise LossConfigError(
             f"{where}: there is no schedule {name!r}{suggestion(str(name), SCHEDULES)}; known: {', '.join(SCHEDULES)}"
         )

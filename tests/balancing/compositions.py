@@ -80,7 +80,6 @@ def explicit_gramian(losses: Sequence[Tensor], anchors: Sequence[Tensor]) -> Ten
 def take_step(loss: ComposableLossFunction, step: int, parts: Sequence[tuple[Any, ModelOutputs]]) -> Tensor:
     """One optimizer step as the driver passes it on; returns the Gramian that was observed."""
     loss.move_to_step(step)
-    loss.on_step_begin(step)
     for batch, outputs in parts:
         loss(batch, outputs)
     observed = {name: value.double() for name, value in loss.take_observed().items()}

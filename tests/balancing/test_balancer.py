@@ -115,7 +115,7 @@ def test_cosines_are_reported_at_the_steps_end() -> None:
         torch.autograd.grad(part, outputs.per_token_logps, retain_graph=True)[0].flatten()
         for part in list(loss.contributions(batch, outputs)[0].values())[:2]
     )
-    loss.on_step_begin(0)
+    loss.move_to_step(0)
     loss(batch, outputs)
     metrics = loss.on_step_end(0, {"gramian": loss.take_observed()["gramian"].double()})
     expected = F.cosine_similarity(first, second, dim=0).item()
@@ -143,7 +143,7 @@ def _train(balancing: Any, data: Data, losses: Callable[[Any], ComposableLossFun
     optimizer = torch.optim.SGD([logits], lr=0.05)
     found = []
     for step in range(31):
-        loss.on_step_begin(step)
+        loss.move_to_step(step)
         batch, outputs = data.with_rows(logps=F.logsigmoid(logits)).build(loss)
         total, metrics = loss(batch, outputs)
         found.append([metrics[f"{name}_loss"].item() for name in loss.names])

@@ -70,7 +70,7 @@ def test_factors_of_two_objectives_in_closed_form(method: str) -> None:
         ridge = {"reg_eps": 1e-10} if method == "upgrad" else {}
         loss = balanced({"type": method, "decay": 0.0, **ridge}, *parts, weights=[0.5, 3.0])
         gramian = take_step(loss, 0, [step_data(seed).build(loss)])
-        loss.on_step_begin(1)
+        loss.move_to_step(1)
         scale = torch.tensor([0.5, 3.0], dtype=torch.float64)
         weighted = (scale[:, None] * gramian * scale).tolist()
         found_conflict |= weighted[0][1] < 0
@@ -82,7 +82,7 @@ def test_what_is_logged_has_its_factor() -> None:
     loss = balanced("mgda", *conflicting(0)[:2], weights=[0.5, 3.0])
     data = step_data(0)
     take_step(loss, 0, [data.build(loss)])
-    loss.on_step_begin(1)
+    loss.move_to_step(1)
     value, metrics = loss(*data.build(loss))
     for name, weight in (("reading0", 0.5), ("reading1", 3.0)):
         assert loss.factors[name] != 1
@@ -104,7 +104,7 @@ def test_evaluation_uses_the_last_factors_and_leaves_them() -> None:
 
 def test_the_gramian_of_the_moment() -> None:
     loss = balanced({"type": "mgda", "gramian": "current"}, *conflicting(0))
-    loss.on_step_begin(0)
+    loss.move_to_step(0)
     for seed in range(3):  # micro-batches, of which each has its own
         data = step_data(seed)
         batch, outputs = data.build(loss)
@@ -142,7 +142,7 @@ def test_a_gramian_that_is_not_finite_is_left_out(bad: float) -> None:
     cosines = loss.on_step_end(2, {"gramian": broken})
     assert set(cosines) == {"grad_cosine/reading1/reading2"}
     assert all(torch.equal(value, before[name]) for name, value in loss.state_dict().items())
-    loss.on_step_begin(3)
+    loss.move_to_step(3)
     assert all(math.isfinite(factor) for factor in loss.factors.values())
 
 
@@ -160,7 +160,7 @@ def test_pcgrad_draws_by_the_number_of_the_step() -> None:
     loss.on_step_end(0, {"gramian": gramian})
     draws = set()
     for step in range(1, 9):
-        loss.on_step_begin(step)
+        loss.move_to_step(step)
         assert list(loss.factors.values()) == AGGREGATORS["pcgrad"]()(gramian, step).tolist()
         draws.add(tuple(loss.factors.values()))
     assert len(draws) > 1

@@ -9,7 +9,8 @@ import torch
 
 from tests.losses.factories import Data, random_data
 from trl_custom_losses import Denominators, ModelOutputs
-from trl_custom_losses.balancing.gramian import gramian_of
+from trl_custom_losses.balancing.balancer import gramian_of
+from trl_custom_losses.types import gradients_of
 
 from .compositions import balanced, explicit_gramian, take_step
 
@@ -25,7 +26,7 @@ def test_gramian_is_that_of_the_gradients() -> None:
     losses = [(x**2).sum(), x.sum() * y.sum(), (y**3).sum(), torch.ones((), dtype=torch.float64)]
     with pytest.raises(RuntimeError):
         torch.autograd.grad(losses[3], x)  # it does not depend on the anchors at all
-    found = gramian_of(losses, [x, y])
+    found = gramian_of([gradients_of(loss, [x, y]) for loss in losses])
     torch.testing.assert_close(found[:3, :3], explicit_gramian(losses[:3], [x, y]))
     assert found[0, 2] == 0 and not found[3].any() and not found[:, 3].any()
     assert not found.requires_grad and x.grad is None
@@ -79,8 +80,8 @@ def test_a_loss_that_reads_nothing_has_no_gradient_and_changes_nothing() -> None
             gramian = take_step(each, step, [random_data("preference", seed=step).build(each)])
             if each is loss:
                 assert not gramian[2].any() and not gramian[:, 2].any()
-    loss.on_step_begin(2)
-    without.on_step_begin(2)
+    loss.move_to_step(2)
+    without.move_to_step(2)
     assert loss.factors.pop("constant2") == 1
     assert list(loss.factors.values()) == pytest.approx(list(without.factors.values()))
 
@@ -136,7 +137,7 @@ def test_the_gramian_and_the_factors_do_not_depend_on_how_a_batch_is_split(
         sums = torch.zeros_like(expected)
         total = torch.zeros((), dtype=torch.float64)
         for replica, parts in zip(replicas, _split(data, ranks, style), strict=True):
-            replica.on_step_begin(step)
+            replica.move_to_step(step)
             for part, shared in parts:
                 value, _ = replica(*part.build(replica, shared))
                 total += shared.step_fraction * value.detach()

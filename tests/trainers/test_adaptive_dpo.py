@@ -130,6 +130,17 @@ def test_a_resumed_run_continues_bit_for_bit(loss: dict, dense_model: Path, run_
         assert torch.equal(weights(resumed)[name], tensor)
 
 
+def test_an_evaluation_before_the_first_step_sees_where_beta_stands(dense_model: Path, run_arguments: dict) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    first, records = train(dense_model, run_arguments, MARGIN, eval_strategy="steps", eval_on_start=True, **saving)
+    resumed = trainer(dense_model, run_arguments, MARGIN, eval_strategy="steps", eval_on_start=True)
+    resumed.train(resume_from_checkpoint=str(Path(run_arguments["output_dir"]) / "checkpoint-2"))
+    for run, step in ((first, 0), (resumed, 2)):
+        at_start = [r for r in run.state.log_history if "eval_adaptive_beta" in r and r["step"] == step]
+        assert at_start[-1]["eval_adaptive_beta"] == pytest.approx(records[step]["adaptive_beta"])
+    assert records[2]["adaptive_beta"] != records[0]["adaptive_beta"]
+
+
 def test_the_kl_strategy_needs_more_than_precomputed_sums(dense_model: Path, run_arguments: dict) -> None:
     with pytest.raises(LossConfigError, match="'adaptive_dpo' needs per-token reference log-probabilities"):
         trainer(dense_model, run_arguments, KL, precompute_ref_log_probs=True)

@@ -145,6 +145,24 @@ class GradientsSeen(TrainerCallback):
         self.seen.append(self.parameter.grad.item())
 
 
+def test_a_given_scheduler_cannot_know_what_the_loss_learns(dense_model, run_arguments):
+    model = tiny.load_model(dense_model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    arguments = {
+        "model": model,
+        "args": CustomDPOConfig(**run_arguments, max_steps=2),
+        "train_dataset": tiny.preference_data(),
+        "processing_class": tiny.tokenizer(),
+        "loss_function": Learned(learning_rate=0.5),
+    }
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    with pytest.raises(LossConfigError, match=r"learns scale.* scheduler knows its groups already"):
+        CustomDPOTrainer(**arguments, optimizers=(optimizer, scheduler))
+    run = CustomDPOTrainer(**arguments, optimizers=(optimizer, None))
+    run.train()
+    assert run.loss_function.scale != 1
+
+
 class Random(SigmoidLoss):
     """Starts anew each time."""
 

@@ -116,3 +116,16 @@ def make_balancer(config: str | Mapping[str, Any], names: Sequence[str]) -> Grad
         return GradientBalancer(aggregator=AGGREGATORS[name](**options), names=names, decay=decay, source=source)
     except LossConfigError as error:
         raise LossConfigError(f"{where}: {error}") from error
+
+
+def gramian_of(gradients: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Inner products between the gradients of m losses, (m, m).
+
+    Args:
+        gradients: Of each loss, with respect to the same tensors.
+    """
+    products = []
+    for parts in zip(*gradients, strict=True):  # one tensor, all losses
+        flat = torch.stack([part.flatten() for part in parts])
+        products.append(flat @ flat.T)
+    return torch.stack(products).sum(0)

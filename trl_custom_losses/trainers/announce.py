@@ -42,6 +42,11 @@ def surprises(loss: Loss, config: Any) -> list[str]:
     """What a user may not expect of how hyperparameters were resolved."""
     messages, fields = [], objective_fields(config)
     for _, leaf in named_tree(loss):
+        if getattr(leaf, "learns", False) and any(part.surrogate for part in leaf.leaves()):
+            messages.append(
+                f"loss '{leaf.name}': the rule 'uncertainty' raises the weight of a loss that is 0 or negative up to "
+                "its bound, and a policy surrogate is about 0; `constraint` or `trend` with a `signal` do not"
+            )
         for name, value in leaf.hyperparameters().items():
             origin = leaf.origins[name]
             if NOT_ITS_OWN in origin:

@@ -125,7 +125,7 @@ class LossFunctionTrainer:
         self._backbone()
         if "second_logits" in self.loss_function.requires:
             check_dropout(self.accelerator.unwrap_model(self.model), self.loss_function.name)
-        check_trainable(self.loss_function, self.accelerator)
+        check_trainable(self.loss_function, self.accelerator, self.lr_scheduler)
         self._check_batch_size()
         self.add_callback(LossFunctionCallback(self.loss_function, self.accelerator, self._log_step))
         if learned_parameters(self.loss_function):

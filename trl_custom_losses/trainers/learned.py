@@ -38,11 +38,17 @@ def add_to_optimizer(loss: Loss, optimizer: torch.optim.Optimizer) -> None:
             optimizer.add_param_group(group)
 
 
-def check_trainable(loss: Loss, accelerator: Accelerator) -> None:
+def check_trainable(loss: Loss, accelerator: Accelerator, scheduler: Any = None) -> None:
     """Refuse learned parameters where the optimizer could not hold them.
 
+    Args:
+        loss: Of the trainer.
+        accelerator: Of the trainer.
+        scheduler: A learning-rate scheduler that the trainer was given.
+
     Raises:
-        LossConfigError: The launcher's optimizer (DeepSpeed, FSDP) leaves no place for parameters outside of the model.
+        LossConfigError: The launcher's optimizer (DeepSpeed, FSDP) leaves no place for parameters outside of the model,
+            or the scheduler was made for an optimizer without them.
     """
     names = [name for name, parameter in loss.named_parameters() if parameter.requires_grad]
     if not names:
@@ -53,6 +59,11 @@ def check_trainable(loss: Loss, accelerator: Accelerator) -> None:
             f"the loss '{loss.name}' learns {', '.join(names)}, which the optimizer must hold beside the model's "
             f"parameters. That works on one process and with DDP; found {found}, whose optimizer takes the model's "
             "parameters alone. Choose one of these, or a loss without learned parameters"
+        )
+    if scheduler is not None:
+        raise LossConfigError(
+            f"the loss '{loss.name}' learns {', '.join(names)}, which get a group of the optimizer, but the given "
+            "learning-rate scheduler knows its groups already; give the optimizer alone, and `lr_scheduler_type`"
         )
 
 

@@ -41,6 +41,7 @@ from .common import (
     Metric,
     Ranks,
     TokenReduction,
+    gradients_of,
     masked_sum,
 )
 from .outputs import ModelOutputs
@@ -58,5 +59,6 @@ __all__ = [
     "Ranks",
     "Rollout",
     "TokenReduction",
+    "gradients_of",
     "masked_sum",
 ]

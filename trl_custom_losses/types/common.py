@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Family = Literal["preference", "policy"]
@@ -119,3 +120,16 @@ def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
         mask: (N, T).
     """
     return values.masked_fill(mask == 0, 0).sum(dim=-1)
+
+
+def gradients_of(loss: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of `loss`, 0 where it does not depend on a tensor; the graph stays.
+
+    Args:
+        loss: Scalar.
+        tensors: That it was computed from.
+    """
+    found: Sequence[Tensor | None] = [None] * len(tensors)
+    if loss.requires_grad and tensors:
+        found = torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, found, strict=True)]

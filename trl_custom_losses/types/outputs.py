@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..fields import ExplainsMissingFields, optional
-from .common import masked_sum
+from .common import gradients_of, masked_sum
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -71,6 +71,22 @@ class ModelOutputs(ExplainsMissingFields):
         names = ("logits", "second_logits") if self.has("logits") else ("per_token_logps", "entropies")
         found = [getattr(self, name) for name in (*names, "pooled_hidden") if self.has(name)]
         return [tensor for tensor in found if tensor.requires_grad]
+
+    def gradients(self, loss: Tensor) -> list[Tensor]:
+        """Gradients of `loss` with respect to the anchors, 0 where it does not depend on one; the graph stays.
+
+        At masked positions log-probabilities and entropies do not reach the model, so that their gradients are 0 there,
+        however the loss treats such positions.
+
+        Args:
+            loss: Scalar, computed from these outputs.
+        """
+        anchors = self.anchors()
+        masked = [id(getattr(self, name)) for name in ("per_token_logps", "entropies") if self.has(name)]
+        return [
+            gradient.masked_fill(self.mask == 0, 0) if id(anchor) in masked else gradient
+            for anchor, gradient in zip(anchors, gradients_of(loss, anchors), strict=True)
+        ]
 
     @property
     def lengths(self) -> Tensor:

@@ -75,7 +75,6 @@ def take_steps(loss: DynamicMultiObjectiveLoss, steps: range) -> list[dict[str, 
     found = []
     for step in steps:
         loss.move_to_step(step)
-        loss.on_step_begin(step)
         observe(loss, random_data("preference", seed=step))
         end_step(loss, step)
         found.append(loss.current_weights())

@@ -303,3 +303,10 @@ def test_names_are_checked_however_a_composition_is_made() -> None:
     for names, message in [(("a", "a"), "share the name 'a'"), (("total", "a"), "the metric 'total_loss'")]:
         with pytest.raises(LossConfigError, match=message):
             ComposedLoss(components=[(name, 1.0, loss) for name, loss in zip(names, losses, strict=True)])
+
+
+def test_components_from_python_are_configs_or_objects() -> None:
+    made = ComposedLoss(components=[{"type": "sft", "weight": 0.5}, ("pref", 2.0, LossFunctionRegistry.build("hinge"))])
+    assert made.weights == {"sft": 0.5, "pref": 2.0}
+    with pytest.raises(LossConfigError, match="at least one loss"):
+        ComposedLoss(components=[])

@@ -115,7 +115,6 @@ def test_the_beta_of_adaptive_dpo_moves_with_the_run() -> None:
     for step, beta in ((0, 0.2), (1, 0.3), (2, 0.4), (4, 0.3), (6, 0.2)):
         for part in loss.tree():
             part.move_to_step(step)
-            part.on_step_begin(step)
         values = run(loss, data)
         assert values["adaptive_beta"] == pytest.approx(beta)
         assert values["dpo_loss"] == pytest.approx(whole_pairs(SigmoidLoss(beta=beta), data).item())

@@ -143,7 +143,7 @@ def test_balancing_multiplies_the_rules_weights() -> None:
     loss = moving("trend", balancing={"type": "mgda", "decay": 0.0}, objectives={"main": "reporting", "other": "sft"})
     gramian = torch.zeros(2, 2)
     for step in range(13):
-        loss.on_step_begin(step)
+        loss.move_to_step(step)
         weights = loss.current_weights()
         batch, outputs = random_data("preference", seed=step).build(loss)
         parts = loss.contributions(batch, outputs)[0]

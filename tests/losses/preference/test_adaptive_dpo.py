@@ -50,8 +50,6 @@ def drive(loss: AdaptiveDPOLoss, steps: Sequence[Sequence[MicroBatch]], first: i
     for step, micro_batches in enumerate(steps, start=first):
         for part in loss.tree():
             part.move_to_step(step)
-        for part in loss.tree():
-            part.on_step_begin(step)
         logged = [float(evaluate(loss, *micro_batch)[1]["adaptive_beta"]) for micro_batch in micro_batches]
         betas.append(logged[0] if len(set(logged)) == 1 else logged)
         for part in loss.tree():
@@ -143,7 +141,7 @@ def test_with_lag_0_every_rank_has_the_same_beta() -> None:
 def test_with_lag_0_beta_is_a_constant_to_the_gradient_and_read_without_waiting(monkeypatch) -> None:
     loss = build(strategy="margin", lag=0)
     drive(loss, one_each(2.0, 3.0))
-    loss.on_step_begin(2)
+    loss.move_to_step(2)
     batch, outputs = pairs(5.0, 1.0)
 
     def refuse(*args: Any) -> None:
@@ -237,7 +235,7 @@ def test_beta_rises_when_the_policy_is_too_far_and_falls_when_it_is_near() -> No
 
 def test_kl_is_reported_as_the_mean_over_completions_of_the_sum_over_tokens() -> None:
     loss = build(strategy="kl", target_kl=1.0)
-    loss.on_step_begin(0)
+    loss.move_to_step(0)
     loss(*completions(1.0, -1.0))
     loss(*completions(2.0, nan, 0.5, 3.0, mask=[1, 0]))  # the second row, NaN and 3, holds no pair
     metrics = loss.on_step_end(0, {name: sums.double() for name, sums in loss.take_observed().items()})

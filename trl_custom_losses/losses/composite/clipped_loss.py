@@ -8,12 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ...balancing.gramian import gradients_of
 from ...base import Loss, Metrics
 from ...composition import Batch, LossOfLosses, build_component, merge_metrics
 from ...hyperparameters import check_choice, check_range
 from ...registry import BuildContext, LossFunctionRegistry
-from ...types import ModelOutputs, PreferenceBatch
+from ...types import ModelOutputs, PreferenceBatch, gradients_of
 
 Per = Literal["batch", "sequence"]
 
@@ -38,8 +37,9 @@ class ClippedLoss(LossOfLosses):
 
     The tutorial's code clips gradients of the parameters in the forward pass, where there are none yet.
 
-    Logs `base_loss`, `grad_norm` (before clipping, over sqrt(s): what is compared with max_grad_norm), `clip_fraction`
-    (of the micro-batches, or pairs or sequences), and what the base logs. No `grad_norm` in evaluation.
+    Logs `base_loss`, `grad_norm` (before clipping, over sqrt(s): what is compared with max_grad_norm; a trainer, which
+    has a `grad_norm` of its own, calls it `clipped_loss/grad_norm`), `clip_fraction` (of the micro-batches, or pairs or
+    sequences), and what the base logs. No `grad_norm` in evaluation.
 
     Args:
         base_loss: A loss or composition of either family: its name, or a dict with `type` and hyperparameters.
@@ -73,13 +73,13 @@ class ClippedLoss(LossOfLosses):
         return loss, own | merge_metrics(reported, taken=own)
 
     def _clip_batch(self, loss: Tensor, batch: Batch, outputs: ModelOutputs) -> tuple[Tensor, dict[str, Tensor]]:
-        norm = _norm(_row_norms(gradients_of(loss, outputs.anchors(), outputs.mask)), dim=0)
+        norm = _norm(_row_norms(outputs.gradients(loss)), dim=0)
         factor, metrics = self._factor(norm, batch, units=1)
         # Equal to the loss, and through the loss's own graph: where the factor is 1, nothing changes by a bit.
         return loss.detach() + factor * (loss - loss.detach()), metrics
 
     def _clip_sequences(self, loss: Tensor, batch: Batch, outputs: ModelOutputs) -> tuple[Tensor, dict[str, Tensor]]:
-        gradients = gradients_of(loss, outputs.anchors(), outputs.mask)
+        gradients = outputs.gradients(loss)
         units = batch.num_pairs if isinstance(batch, PreferenceBatch) else batch.mask.size(0)
         norms = _norm(_row_norms(gradients).view(-1, units), dim=0)  # a pair's two rows together
         factors, metrics = self._factor(norms, batch, units)

@@ -22,8 +22,8 @@ class ComposedLoss(ComposableLossFunction):
     reports keeps its name; one that several report is logged for each as `<component>/<metric>`.
 
     Args:
-        components: Each `{type, name, weight, **hyperparameters}`; `name` defaults to the type and must be unique,
-            `weight` (a number or a schedule) defaults to 1.
+        components: Each `{type, name, weight, **hyperparameters}`, or (name, weight, loss object); `name` defaults to
+            the type and must be unique, `weight` (a number or a schedule) defaults to 1.
         balancing: Gradient balancing (see `ComposableLossFunction`).
 
     Errors: No component, two of the same name, or components of different families.
@@ -32,15 +32,16 @@ class ComposedLoss(ComposableLossFunction):
     """
 
     def __init__(self, *, components: list, balancing: str | dict | None = None) -> None:
-        names, weights, losses = zip(*components, strict=True)
+        if not components:
+            raise LossConfigError("'components' must list at least one loss")
+        parsed = [parse_component(component, BuildContext(), i + 1) for i, component in enumerate(components)]
+        names, weights, losses = zip(*parsed, strict=True)
         check_distinct(names)
         super().__init__(dict(zip(names, losses, strict=True)), weights, balancing=balancing)
 
     @classmethod
     def from_hyperparameters(cls, values: Mapping[str, Any], context: BuildContext) -> ComposedLoss:
         """Build the components; see the class for what `values["components"]` holds."""
-        if not values["components"]:
-            raise LossConfigError("'components' must list at least one loss")
         built = [parse_component(component, context, i + 1) for i, component in enumerate(values["components"])]
         return cls(**{**values, "components": built})
 
@@ -52,6 +53,8 @@ def parse_component(component: Any, context: BuildContext, number: int) -> tuple
         LossConfigError: The entry is malformed; the message begins with its number.
     """
     where = f"component {number}"
+    if isinstance(component, tuple) and len(component) == 3 and isinstance(component[2], Loss):
+        return component
     if not isinstance(component, Mapping) or not isinstance(component.get("type"), str):
         raise LossConfigError(f"{where}: expected a dict with 'type', found {component!r}")
     settings = dict(component)

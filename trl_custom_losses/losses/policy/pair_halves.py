@@ -131,3 +131,6 @@ class _HalvesOutputs(ModelOutputs):
 
     def anchors(self) -> list[Tensor]:
         return self.policy.anchors()
+
+    def gradients(self, loss: Tensor) -> list[Tensor]:
+        return self.policy.gradients(loss)

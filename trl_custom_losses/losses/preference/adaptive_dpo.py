@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -162,8 +163,15 @@ class AdaptiveDPOLoss(PreferenceLoss):
 
     def on_train_begin(self, total_steps: int) -> None:
         self.run_steps = total_steps
+        if self.strategy == "schedule" and self.warmup_steps >= total_steps:
+            warnings.warn(
+                f"adaptive_dpo: the warm-up of {self.warmup_steps} steps is not over when the run ends after "
+                f"{total_steps}, so beta does not reach {self.initial_beta:g}; set 'warmup_steps'",
+                stacklevel=2,
+            )
 
-    def on_step_begin(self, step: int) -> None:
+    def move_to_step(self, step: int) -> None:
+        super().move_to_step(step)
         self._beta_of_step = self.mover.begin_step(self, step)
 
     def on_step_end(self, step: int, observed: Mapping[str, Tensor]) -> Mapping[str, float] | None:
