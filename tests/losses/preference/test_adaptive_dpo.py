@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from math import cos, expm1, inf, log1p, nan, pi
@@ -453,3 +454,12 @@ def test_refuses_objects_whose_beta_cannot_move() -> None:
         AdaptiveDPOLoss(base=build())
     with pytest.raises(LossConfigError, match="a policy loss"):
         AdaptiveDPOLoss(base=LossFunctionRegistry.build("grpo"))
+
+
+def test_a_warm_up_that_the_run_does_not_reach_the_end_of_is_said() -> None:
+    with pytest.warns(UserWarning, match="warm-up of 10 steps is not over when the run ends after 10"):
+        AdaptiveDPOLoss(warmup_steps=10).on_train_begin(10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AdaptiveDPOLoss(warmup_steps=9).on_train_begin(10)
+        AdaptiveDPOLoss(strategy="margin").on_train_begin(10)
