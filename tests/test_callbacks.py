@@ -233,8 +233,8 @@ def test_the_order_in_which_a_rank_observes_does_not_matter() -> None:
     assert torch.equal(*sent)
 
 
-def test_no_observation_no_collective() -> None:
-    run = Run(Sum([_leaf("a", [])]).record())
+def test_compositions_that_observe_nothing_cost_no_collective() -> None:
+    run = Run(ComposableLossFunction([LossFunctionRegistry.build("sigmoid"), LossFunctionRegistry.build("sft")]))
     run.call("on_train_begin")
     run.step()
     assert run.accelerator.reduced == []
@@ -413,3 +413,33 @@ def test_a_users_loss_follows_the_mean_of_the_whole_step(dense_model: Path, run_
     entries = [entry for entry in run.state.log_history if "followed" in entry]
     assert [entry["followed"] for entry in entries] == pytest.approx([entry["batch_margin"] for entry in entries])
     assert len(entries) == 3 and run.loss_function.mean == pytest.approx(entries[-1]["followed"])
+
+
+def test_ranks_that_observe_different_things_are_told() -> None:
+    class Differing(Ranks):
+        def reduce(self, tensor: Tensor, how: str) -> Tensor:
+            other = tensor.clone()
+            other[1:3] = torch.tensor([7.0, 49.0])  # another checksum
+            return tensor + other
+
+    run = Run(_leaf("a", [], {"x": torch.ones(2)}))
+    run.driver.accelerator = Differing()
+    run.call("on_train_begin")
+    with pytest.raises(RuntimeError, match=r"ranks observed different things.*'x', \(2,\)"):
+        run.step()
+
+
+def test_whether_ranks_meet_does_not_depend_on_what_one_of_them_observed() -> None:
+    silent, deaf = Run(_leaf("a", [])), Run(LossFunctionRegistry.build("sigmoid"))
+    deaf.loss.observe("x", torch.ones(1))
+    for run, meetings in ((silent, 1), (deaf, 0)):
+        run.call("on_train_begin")
+        run.step()
+        assert len(run.accelerator.reduced) == meetings
+
+
+def test_shapes_that_differ_between_micro_batches_are_refused() -> None:
+    loss = _leaf("a", [])
+    loss.observe("x", torch.ones(1))
+    with pytest.raises(ValueError, match=r"'a' observes 'x' in the shapes \(1,\) and \(2,\)"):
+        loss.observe("x", torch.ones(2))

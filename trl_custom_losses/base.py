@@ -150,7 +150,17 @@ class Loss(nn.Module):
         # Two booleans add up to one, and half precision loses counts; a copy, since a loss may move its own tensors.
         kind = torch.float32 if values.is_floating_point() else torch.int64
         values = values.detach().to(torch.promote_types(values.dtype, kind), copy=True)
+        if name in sums and sums[name].shape != values.shape:
+            raise ValueError(
+                f"loss '{self.name}' observes '{name}' in the shapes {tuple(sums[name].shape)} and "
+                f"{tuple(values.shape)}, which cannot be added up"
+            )
         sums[name] = sums[name] + values if name in sums else values
+
+    @property
+    def observes(self) -> bool:
+        """Whether what is observed matters to this loss; the driver sums over ranks if it does to any of a tree."""
+        return type(self).on_step_end is not Loss.on_step_end
 
     def take_observed(self) -> dict[str, Tensor]:
         """What was observed since the last call, on the device, of this rank; for the driver."""

@@ -19,7 +19,7 @@ class LossFunctionCallback(TrainerCallback):
     """Tells a loss and everything it is made of that training begins and that optimizer steps begin and end.
 
     Before a step it sets scheduled hyperparameters; after it, what the losses observed is summed over ranks, in one
-    collective for the whole tree and none if nothing was observed, and handed to their `on_step_end`. It holds no state
+    collective for the whole tree and none if no loss observes, and handed to their `on_step_end`. It holds no state
     of its own: the step is the Trainer's, the rest are the loss's buffers.
 
     Args:
@@ -56,7 +56,10 @@ class LossFunctionCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         losses = self.loss.tree()
-        observed = self._sum_over_ranks([loss.take_observed() for loss in losses])
+        observed = [loss.take_observed() for loss in losses]
+        # A collective, so that whether it happens must not depend on what this rank has observed.
+        if any(loss.observes for loss in losses):
+            observed = self._sum_over_ranks(observed)
         # The Trainer has counted the step already.
         metrics = _end_step(self.loss, state.global_step - 1, iter(observed))
         if metrics:
@@ -65,8 +68,6 @@ class LossFunctionCallback(TrainerCallback):
     def _sum_over_ranks(self, observed: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """Sums over ranks of what each loss observed, float64, on the host."""
         parts = [values for sums in observed for _, values in sorted(sums.items())]
-        if not parts:
-            return [{} for _ in observed]
         device = self.accelerator.device  # where collectives work, whatever the losses observed
         # mps has no float64.
         exact = torch.float32 if device.type == "mps" else torch.float64
@@ -83,7 +84,7 @@ class LossFunctionCallback(TrainerCallback):
                 "ranks observed different things; a loss must give `observe` the same names and shapes on every rank. "
                 f"This rank: {layout}"
             )
-        pieces = iter(flat[3:].split([values.numel() for values in parts]))
+        pieces = iter(flat[3:].split([values.numel() for values in parts]) if parts else ())
         return [{name: next(pieces).view(values.shape) for name, values in sorted(sums.items())} for sums in observed]
 
 

@@ -179,6 +179,11 @@ class ComposableLossFunction(LossOfLosses):
         self.balancer.update(observed["gramian"])
         return self.balancer.cosines(observed["gramian"])
 
+    @property
+    def observes(self) -> bool:
+        """Whether it balances, or a subclass hears of a step's end."""
+        return self.balancer is not None or type(self).on_step_end is not ComposableLossFunction.on_step_end
+
     def _set_factors(self, gramian: Tensor | None) -> None:
         weights = self.current_weights()
         found = self.balancer.factors(gramian, [weights[name] for name in self.names])

@@ -66,6 +66,11 @@ class ObjectLoss(Loss):
     def owner_of(self, name: str) -> Any:
         return self.object
 
+    @property
+    def observes(self) -> bool:
+        """Whether the object hears of a step's end."""
+        return hasattr(self.object, "on_step_end")
+
     def on_train_begin(self, total_steps: int) -> None:
         self._pass_on("on_train_begin", total_steps)
 

@@ -72,9 +72,12 @@ def test_one_objective_cannot_be_balanced() -> None:
 
 
 def test_options_reach_the_method() -> None:
-    balancer = make_balancer({"type": "cagrad", "c": 1, "decay": 0, "gramian": "current"}, ["a", "b"])
-    assert (balancer.aggregator.c, balancer.decay, balancer.source) == (1.0, 0.0, "current")
-    assert repr(balancer) == "GradientBalancer(CAGrad, decay=0.0, gramian='current')"
+    balancer = make_balancer({"type": "cagrad", "c": 1, "decay": 0, "gramian": "previous"}, ["a", "b"])
+    assert (balancer.aggregator.c, balancer.decay, balancer.source) == (1.0, 0.0, "previous")
+    assert repr(balancer) == "GradientBalancer(CAGrad, decay=0.0, gramian='previous')"
+    assert make_balancer({"type": "mgda", "gramian": "current"}, ["a", "b"]).source == "current"
+    with pytest.raises(LossConfigError, match="'decay' averages over the steps before"):
+        make_balancer({"type": "mgda", "gramian": "current", "decay": 0.5}, ["a", "b"])
 
 
 # State

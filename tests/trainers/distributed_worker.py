@@ -98,6 +98,13 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
     "dpo_consistency": {
         "loss": {"type": "multi_objective_dpo", "auxiliary_losses": {"consistency": {"threshold": -1.0}}}
     },
+    "grpo_uncertainty": {
+        "loss": {
+            "type": "dynamic_multi_objective",
+            "objectives": {"a": {"type": "grpo"}, "b": {"type": "dapo"}},
+            "rule": "uncertainty",
+        }
+    },
     "grpo_balanced": {"loss": {"type": "composed", "components": POLICIES, "balancing": "cagrad"}},
     "grpo_dynamic": {"loss": {"type": "dynamic_grpo", **HIDDEN}},
     "grpo_objectives": {"loss": {"type": "multi_objective_grpo", "quality_weight": 0.1, "diversity_weight": 0.1}},

@@ -101,7 +101,7 @@ def make_balancer(config: str | Mapping[str, Any], names: Sequence[str]) -> Grad
     """
     settings = {"type": config} if isinstance(config, str) else dict(config)
     name = settings.pop("type", None)
-    if name not in AGGREGATORS:
+    if not isinstance(name, str) or name not in AGGREGATORS:
         raise LossConfigError(
             f"'balancing': there is no method {name!r}{suggestion(str(name), AGGREGATORS)}; known: "
             f"{', '.join(AGGREGATORS)}"
@@ -109,6 +109,8 @@ def make_balancer(config: str | Mapping[str, Any], names: Sequence[str]) -> Grad
     if len(names) < 2:
         raise LossConfigError(f"'balancing' needs at least two components, found {len(names)}")
     where = f"balancing '{name}'"
+    if settings.get("gramian") == "current" and "decay" in settings:
+        raise LossConfigError(f"{where}: 'decay' averages over the steps before, which `gramian: current` leaves out")
     decay = check_type(settings.pop("decay", 0.9), float, f"{where}, 'decay'")
     source = settings.pop("gramian", "previous")
     try:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import LossConfigError
 from ..summaries import sum_and_count
 from ..types import Family, Metric, ModelOutputs, PolicyBatch, PreferenceBatch, masked_sum
 
@@ -85,7 +86,7 @@ def measure(name: str, objective: str, reported: Mapping[str, Metrics], batch: B
         batch, outputs: The micro-batch.
 
     Raises:
-        ValueError: Nothing of that name exists, or it is an extremum, which cannot be averaged.
+        LossConfigError: Nothing of that name exists, or it is an extremum, which cannot be averaged.
     """
     if name in SIGNALS:
         total, count = SIGNALS[name].measure(batch, outputs)
@@ -94,11 +95,11 @@ def measure(name: str, objective: str, reported: Mapping[str, Metrics], batch: B
         metric = next((reported[holder][name] for holder in holders if name in reported[holder]), None)
         if metric is None:
             known = sorted({*SIGNALS, *(key for metrics in reported.values() for key in metrics)})
-            raise ValueError(f"the signal '{name}' is neither measured nor reported as a metric; there are {known}")
+            raise LossConfigError(f"the signal '{name}' is neither measured nor a reported metric; there are {known}")
         value, counted = metric, None
         if isinstance(metric, Metric):
             if metric.reduce != "mean":
-                raise ValueError(f"the signal '{name}' is a {metric.reduce} and has no mean over micro-batches")
+                raise LossConfigError(f"the signal '{name}' is a {metric.reduce} and has no mean over micro-batches")
             value, counted = metric.value, metric.mask
         value = torch.as_tensor(value, device=batch.mask.device).detach()  # a number is a metric too
         if counted is None and value.dim() > 0 and value.numel() == value.size(0):

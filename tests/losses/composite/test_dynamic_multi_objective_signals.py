@@ -121,7 +121,7 @@ def test_an_objectives_own_metric_comes_first() -> None:
     [
         ("smallest", "the signal 'smallest' is a min and has no mean"),
         ("perplexity", "the signal 'perplexity' is a exp"),
-        ("KL", r"the signal 'KL' is neither measured nor reported.*'kl', 'length'.*'per_row'"),
+        ("KL", r"the signal 'KL' is neither measured nor a reported metric.*'kl', 'length'.*'per_row'"),
     ],
 )
 def test_signals_that_are_none_are_named_at_the_first_step(signal: str, message: str) -> None:

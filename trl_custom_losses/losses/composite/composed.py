@@ -53,6 +53,8 @@ def parse_component(component: Any, context: BuildContext, number: int) -> tuple
         LossConfigError: The entry is malformed; the message begins with its number.
     """
     where = f"component {number}"
+    if isinstance(component, Loss):
+        return component.name or type(component).__name__, 1.0, component
     if isinstance(component, tuple) and len(component) == 3 and isinstance(component[2], Loss):
         return component
     if not isinstance(component, Mapping) or not isinstance(component.get("type"), str):

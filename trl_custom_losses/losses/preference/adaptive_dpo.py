@@ -177,6 +177,11 @@ class AdaptiveDPOLoss(PreferenceLoss):
     def on_step_end(self, step: int, observed: Mapping[str, Tensor]) -> Mapping[str, float] | None:
         return self.mover.end_step(self, *observed["followed"].tolist()) if "followed" in observed else None
 
+    @property
+    def observes(self) -> bool:
+        """Whether the strategy follows the training."""
+        return self.strategy != "schedule"
+
     # The loss
 
     def forward(self, batch: PreferenceBatch, model_outputs: ModelOutputs) -> tuple[Tensor, Metrics]:
