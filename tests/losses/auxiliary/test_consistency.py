@@ -232,3 +232,8 @@ def test_threshold_may_move() -> None:
     loss.threshold = 0.5
     expected = ConsistencyLoss(threshold=0.5)(batch, outputs)[0]
     assert torch.equal(loss(batch, outputs)[0], expected) and expected.any()
+
+
+def test_a_threshold_that_nothing_reads_is_refused() -> None:
+    with pytest.raises(LossConfigError, match="'threshold' has no effect in the mode 'rdrop'"):
+        ConsistencyLoss(mode="rdrop", threshold=0.7)

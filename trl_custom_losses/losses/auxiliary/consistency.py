@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...base import Metrics
+from ...errors import LossConfigError
 from ...hyperparameters import check_choice, check_range
 from ...registry import LossFunctionRegistry
 from ...types import ModelOutputs, PreferenceBatch
@@ -48,6 +49,8 @@ class ConsistencyLoss(LogRatioLoss):
         super().__init__(**options)
         self.mode = check_choice("mode", mode, Mode)
         self.threshold = check_range("threshold", threshold, at_least=-1, at_most=1)
+        if mode == "rdrop" and threshold != 0.5:
+            raise LossConfigError("'threshold' has no effect in the mode 'rdrop': leave it out, or use 'neighbours'")
         if mode == "neighbours":
             self.requires = frozenset({"ref_logps", "sequence_hidden"})
             self.batch_coupled = True
