@@ -91,6 +91,7 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
         "loss": {"type": "composed", "components": COMPONENTS, "balancing": {"type": "upgrad", "gramian": "current"}}
     },
     "dpo_random": {"loss": {"type": "tests.trainers.distributed_worker:RandomScale"}},
+    "dpo_given": {"loss": "an object that each rank made for itself", "given": True},
     "dpo_kl": {"loss": {"type": "adaptive_dpo", "strategy": "kl", "beta": 0.5, "target_kl": 0.5, "horizon": 20}},
     "dpo_lag0": {"loss": {"type": "adaptive_dpo", "strategy": "margin", "beta": 0.5, "lag": 0}},
     "dpo_margin": {"loss": {"type": "adaptive_dpo", "strategy": "margin", "beta": 0.5}},
@@ -106,6 +107,7 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
         }
     },
     "grpo_balanced": {"loss": {"type": "composed", "components": POLICIES, "balancing": "cagrad"}},
+    "grpo_clipped": {"loss": {"type": "clipped_loss", "base_loss": "grpo", "max_grad_norm": 0.01, "per": "sequence"}},
     "grpo_dynamic": {"loss": {"type": "dynamic_grpo", **HIDDEN}},
     "grpo_objectives": {"loss": {"type": "multi_objective_grpo", "quality_weight": 0.1, "diversity_weight": 0.1}},
     "grpo_pairs": {"loss": {"type": "composed_dpo_grpo", "dpo": {"type": "sigmoid", "beta": 0.5}}},
@@ -174,6 +176,9 @@ def run(case: dict[str, Any], model_path: Path, output: Path, world: int) -> dic
     }
     if case["loss"] is not None:
         common["loss_function"] = case["loss"]
+    if case.get("given"):
+        torch.manual_seed(100 + int(os.environ.get("RANK", "0")))
+        common["loss_function"] = RandomScale(beta=0.5)
     if case["family"] == "dpo":
         trainer_type = DPOTrainer if case["loss"] is None else CustomDPOTrainer
         common |= {"train_dataset": tiny.preference_data(32), "eval_dataset": tiny.preference_data(8)}
