@@ -195,3 +195,25 @@ def test_a_random_start_is_not_taken_for_something_computed_from_the_hyperparame
     loss = LossFunctionRegistry.build({"type": "random_start", "strength": linear(1.0, 2.0)})
     loss.move_to_step(10)
     assert loss.strength == 2.0
+
+
+def test_what_is_computed_from_it_shows_however_the_constructor_keeps_it() -> None:
+    class Scaled(PreferenceLoss):
+        """Keeps another value under the hyperparameter's name, and one computed from it."""
+
+        def __init__(self, *, tau: float = 1.0) -> None:
+            super().__init__()
+            self.tau, self.inverse = 2 * tau, 1 / tau
+
+    class RandomScaled(PreferenceLoss):
+        """Starts at random, on a scale that is the hyperparameter."""
+
+        def __init__(self, *, tau: float = 1.0) -> None:
+            super().__init__()
+            self.tau = tau
+            self.start = torch.nn.Parameter(tau * torch.randn(3))
+
+    for loss, stale in ((Scaled, "inverse"), (RandomScaled, "start")):
+        LossFunctionRegistry.register(loss.__name__)(loss)
+        with pytest.raises(LossConfigError, match=f"`{stale}` is computed from it"):
+            LossFunctionRegistry.build({"type": loss.__name__, "tau": linear(1.0, 2.0)})

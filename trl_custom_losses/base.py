@@ -160,7 +160,7 @@ class Loss(nn.Module):
     @property
     def observes(self) -> bool:
         """Whether what is observed matters to this loss; the driver sums over ranks if it does to any of a tree."""
-        return type(self).on_step_end is not Loss.on_step_end
+        return getattr(self.on_step_end, "__func__", None) is not Loss.on_step_end
 
     def take_observed(self) -> dict[str, Tensor]:
         """What was observed since the last call, on the device, of this rank; for the driver."""

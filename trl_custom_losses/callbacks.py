@@ -56,10 +56,10 @@ class LossFunctionCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         losses = self.loss.tree()
-        observed = [loss.take_observed() for loss in losses]
+        seen = [loss.take_observed() for loss in losses]
         # A collective, so that whether it happens must not depend on what this rank has observed.
-        if any(loss.observes for loss in losses):
-            observed = self._sum_over_ranks(observed)
+        summed = any(loss.observes for loss in losses)
+        observed = self._sum_over_ranks(seen) if summed else [{} for _ in losses]
         # The Trainer has counted the step already.
         metrics = _end_step(self.loss, state.global_step - 1, iter(observed))
         if metrics:

@@ -173,6 +173,10 @@ class ComposableLossFunction(LossOfLosses):
             if self.balancer.source == "previous":
                 self._set_factors(None)
 
+    def on_step_begin(self, step: int) -> None:
+        if self.balancer is not None and self.balancer.source == "previous":
+            self._set_factors(None)  # again, for weights that a subclass has set before it called this
+
     def on_step_end(self, step: int, observed: Mapping[str, Tensor]) -> Mapping[str, float] | None:
         if self.balancer is None or "gramian" not in observed:
             return None

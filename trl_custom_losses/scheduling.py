@@ -56,21 +56,27 @@ def put_schedules(loss: Loss, schedules: Mapping[str, Schedule], build: Callable
             raise LossConfigError(
                 f"'{name}' cannot be scheduled: the loss must keep it as the attribute `{name}` and read it there"
             )
-        # What differs between two losses made alike is random, not computed from the hyperparameter.
-        noise = _differences(loss.owner_of(name), build({name: getattr(loss.owner_of(name), name)}).owner_of(name))
+        first = _alike(build, {name: schedule.value(0)})
         for extreme in schedule.extremes():
             try:
-                other = build({name: extreme})
+                other = _alike(build, {name: extreme})
             except LossConfigError as error:
                 raise LossConfigError(f"'{name}' is scheduled, {schedule}, and reaches {extreme:g}: {error}") from error
-            setattr(other.owner_of(name), name, getattr(loss.owner_of(name), name))
-            stale = [part for part in _differences(loss.owner_of(name), other.owner_of(name)) if part not in noise]
+            setattr(other.owner_of(name), name, getattr(first.owner_of(name), name))
+            stale = _differences(first.owner_of(name), other.owner_of(name))
             if stale:
                 raise LossConfigError(
                     f"'{name}' cannot be scheduled: `{stale[0]}` is computed from it in the constructor and would not "
                     "follow; make that a property"
                 )
     loss.schedules = dict(schedules)
+
+
+def _alike(build: Callable[[dict[str, Any]], Loss], changed: dict[str, Any]) -> Loss:
+    """Build a loss from one state of the random numbers, so that two differ in what was changed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return build(changed)
 
 
 def _differences(first: Any, second: Any, prefix: str = "") -> list[str]:

@@ -264,3 +264,26 @@ def test_a_trained_model_is_an_ordinary_one(dense_model: Path, run_arguments: di
     assert_identical(dict(loaded.named_parameters()), weights(trainer))
     with pytest.raises(LossConfigError):
         custom(tmp_path / "saved", run_arguments, "grpo")
+
+
+class Unnumbered:
+    """An object whose `beta` is no number."""
+
+    family = "preference"
+    beta = None
+
+    def __call__(self, batch, outputs):
+        return -outputs.mean_logps.chunk(2)[0], {}
+
+
+def test_rewards_take_a_beta_that_is_a_number(dense_model, run_arguments):
+    trainer = CustomDPOTrainer(
+        model=tiny.load_model(dense_model, seed=1),
+        ref_model=tiny.load_model(dense_model),
+        args=CustomDPOConfig(**run_arguments, beta=0.25, max_steps=1),
+        train_dataset=tiny.preference_data(),
+        processing_class=tiny.tokenizer(),
+        loss_function=Unnumbered(),
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/margins"] != 0

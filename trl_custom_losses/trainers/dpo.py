@@ -186,8 +186,8 @@ class CustomDPOTrainer(LossFunctionTrainer, DPOTrainer):
         mask, length = outputs.mask, outputs.mask.size(1)
         chosen_mask, rejected_mask = mask.chunk(2)
         mean_logits = output.mean_logits[:, -length:].chunk(2)
-        owners = [leaf.owner_of("beta") for leaf in self.loss_function.leaves()]
-        beta = next((owner.beta for owner in owners if hasattr(owner, "beta")), self.beta)
+        found = [getattr(leaf.owner_of("beta"), "beta", None) for leaf in self.loss_function.leaves()]
+        beta = next((value for value in found if isinstance(value, (int, float, Tensor))), self.beta)
         with torch.no_grad():
             chosen_rewards, rejected_rewards = (beta * outputs.log_ratios).chunk(2)
             chosen_logps, rejected_logps = outputs.logps.chunk(2)

@@ -463,3 +463,11 @@ def test_a_warm_up_that_the_run_does_not_reach_the_end_of_is_said() -> None:
         warnings.simplefilter("error")
         AdaptiveDPOLoss(warmup_steps=9).on_train_begin(10)
         AdaptiveDPOLoss(strategy="margin").on_train_begin(10)
+
+
+def test_a_subclass_that_hears_of_a_steps_end_observes() -> None:
+    class Listening(AdaptiveDPOLoss):
+        def on_step_end(self, step: int, observed: Any) -> None:
+            return None
+
+    assert Listening().observes and not AdaptiveDPOLoss().observes and AdaptiveDPOLoss(strategy="margin").observes

@@ -55,8 +55,8 @@ def parse_component(component: Any, context: BuildContext, number: int) -> tuple
     where = f"component {number}"
     if isinstance(component, Loss):
         return component.name or type(component).__name__, 1.0, component
-    if isinstance(component, tuple) and len(component) == 3 and isinstance(component[2], Loss):
-        return component
+    if isinstance(component, (tuple, list)) and len(component) == 3 and isinstance(component[2], Loss):
+        return tuple(component)
     if not isinstance(component, Mapping) or not isinstance(component.get("type"), str):
         raise LossConfigError(f"{where}: expected a dict with 'type', found {component!r}")
     settings = dict(component)

@@ -72,7 +72,7 @@ class DynamicMultiObjectiveLoss(ComposableLossFunction):
             )
         settings = {"type": rule} if isinstance(rule, str) else dict(rule)
         self.rule_name = settings.pop("type", None)
-        if self.rule_name not in RULES:
+        if not isinstance(self.rule_name, str) or self.rule_name not in RULES:
             raise LossConfigError(
                 f"'rule': there is no rule {self.rule_name!r}{suggestion(str(self.rule_name), RULES)}; known: "
                 f"{', '.join(RULES)}"

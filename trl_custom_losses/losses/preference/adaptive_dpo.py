@@ -174,13 +174,16 @@ class AdaptiveDPOLoss(PreferenceLoss):
         super().move_to_step(step)
         self._beta_of_step = self.mover.begin_step(self, step)
 
+    def on_step_begin(self, step: int) -> None:
+        self._beta_of_step = self.mover.begin_step(self, step)  # again, for what another hook has set
+
     def on_step_end(self, step: int, observed: Mapping[str, Tensor]) -> Mapping[str, float] | None:
         return self.mover.end_step(self, *observed["followed"].tolist()) if "followed" in observed else None
 
     @property
     def observes(self) -> bool:
-        """Whether the strategy follows the training."""
-        return self.strategy != "schedule"
+        """Whether the strategy follows the training, or a subclass hears of a step's end."""
+        return self.strategy != "schedule" or type(self).on_step_end is not AdaptiveDPOLoss.on_step_end
 
     # The loss
 
