@@ -152,7 +152,7 @@ class ComposableLossFunction(LossOfLosses):
                 weight = self.weight_schedules[name].value(0)
             self.weights[name] = check_type(weight, float, where)
         self.balancer = None if balancing is None else make_balancer(balancing, self.names)
-        self.factors: dict[str, float] = dict.fromkeys(named, 1.0)
+        self._factors: dict[str, float] | None = dict.fromkeys(named, 1.0)
 
     # Weights
 
@@ -171,11 +171,7 @@ class ComposableLossFunction(LossOfLosses):
         if self.balancer is not None:
             self.balancer.step = step
             if self.balancer.source == "previous":
-                self._set_factors(None)
-
-    def on_step_begin(self, step: int) -> None:
-        if self.balancer is not None and self.balancer.source == "previous":
-            self._set_factors(None)  # again, for weights that a subclass has set before it called this
+                self._factors = None
 
     def on_step_end(self, step: int, observed: Mapping[str, Tensor]) -> Mapping[str, float] | None:
         if self.balancer is None or "gramian" not in observed:
@@ -188,10 +184,17 @@ class ComposableLossFunction(LossOfLosses):
         """Whether it balances, or a subclass hears of a step's end."""
         return self.balancer is not None or type(self).on_step_end is not ComposableLossFunction.on_step_end
 
-    def _set_factors(self, gramian: Tensor | None) -> None:
+    @property
+    def factors(self) -> dict[str, float]:
+        """What balancing multiplies the weights by, at this step."""
+        if self._factors is None:  # found when first asked for, with whatever weights hooks have set by then
+            self._factors = self._find_factors(None)
+        return self._factors
+
+    def _find_factors(self, gramian: Tensor | None) -> dict[str, float]:
         weights = self.current_weights()
         found = self.balancer.factors(gramian, [weights[name] for name in self.names])
-        self.factors = dict(zip(self.names, found, strict=True))
+        return dict(zip(self.names, found, strict=True))
 
     def _balance(self, contributions: Mapping[str, Tensor], batch: Batch, outputs: ModelOutputs) -> None:
         """Observe the angles between the components' gradients; with `gramian: current`, act on them at once."""
@@ -202,14 +205,15 @@ class ComposableLossFunction(LossOfLosses):
         gramian = gramian_of([outputs.gradients(part) for part in contributions.values()]) * fraction**2
         self.observe("gramian", gramian)
         if self.balancer.source == "current":
-            self._set_factors(batch.ranks.sum(gramian.detach()))
+            self._factors = self._find_factors(batch.ranks.sum(gramian.detach()))
 
     # The loss
 
     def forward(self, batch: Batch, model_outputs: ModelOutputs) -> tuple[Tensor, Metrics]:
         contributions, reported = self.contributions(batch, model_outputs)
         self._balance(contributions, batch, model_outputs)
-        weights = {name: weight * self.factors[name] for name, weight in self.current_weights().items()}
+        factors = self.factors
+        weights = {name: weight * factors[name] for name, weight in self.current_weights().items()}
         total = sum(weights[name] * contribution for name, contribution in contributions.items())
         return total, self.metrics_of(contributions, weights, total, reported, batch)
 

@@ -12,6 +12,8 @@ positions and H for the hidden size. Log-probabilities are natural logarithms, s
 | `outputs.ref_logps`, `.log_ratios` | (2B,) or (B,) | reference sum; policy minus reference | preference: always; \
 policy: with `ref_per_token_logps` |
 | `outputs.ref_per_token_logps` | as `per_token_logps` | reference log-probability of each token | required |
+| `outputs.token_kl` | as `per_token_logps` | k3 estimate of the KL to the reference, detached | with \
+`ref_per_token_logps` |
 | `outputs.old_per_token_logps` | (B, T) | log-probabilities at generation time, detached | policy: always |
 | `outputs.pooled_hidden` | (2B, H) or (B, H) | mean last hidden state of the completion, float32, with gradient | \
 required |

@@ -63,6 +63,15 @@ class ModelOutputs(ExplainsMissingFields):
         # 0 at masked positions since construction; masked here, the gradient with respect to `anchors` is 0 there too.
         return masked_sum(per_token, self.mask)
 
+    @property
+    def token_kl(self) -> Tensor:
+        """k3 estimate of the KL to the reference at each token, nats, (N, T), detached and 0 at masked positions.
+
+        exp(-d) - 1 + d,  d = log policy - log reference, with -d held at 80: float32 overflows beyond exp(88).
+        """
+        minus_d = (self.ref_per_token_logps - self.per_token_logps.detach()).clamp(max=80.0)
+        return torch.expm1(minus_d) - minus_d
+
     def anchors(self) -> list[Tensor]:
         """The tensors through which every loss reaches the model, each counted once.
 

@@ -52,15 +52,14 @@ class ClippedLoss(LossOfLosses):
     """
 
     def __init__(self, *, base_loss: Loss | str | dict, max_grad_norm: float = 1.0, per: Per = "batch") -> None:
-        super().__init__({"base": base_loss if isinstance(base_loss, Loss) else _build(base_loss, BuildContext())})
+        super().__init__({"base": _build(base_loss, BuildContext())})
         self.max_grad_norm = check_range("max_grad_norm", max_grad_norm, above=0)
         self.per = check_choice("per", per, Per)
 
     @classmethod
     def from_hyperparameters(cls, values: Mapping[str, Any], context: BuildContext) -> ClippedLoss:
         """Build the base loss too."""
-        base = values["base_loss"]
-        return cls(**{**values, "base_loss": base if isinstance(base, Loss) else _build(base, context)})
+        return cls(**{**values, "base_loss": _build(values["base_loss"], context)})
 
     def forward(self, batch: Batch, model_outputs: ModelOutputs) -> tuple[Tensor, Metrics]:
         contributions, reported = self.contributions(batch, model_outputs)

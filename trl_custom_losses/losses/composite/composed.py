@@ -34,16 +34,18 @@ class ComposedLoss(ComposableLossFunction):
     def __init__(self, *, components: list, balancing: str | dict | None = None) -> None:
         if not components:
             raise LossConfigError("'components' must list at least one loss")
-        parsed = [parse_component(component, BuildContext(), i + 1) for i, component in enumerate(components)]
-        names, weights, losses = zip(*parsed, strict=True)
+        names, weights, losses = zip(*_parsed(components, BuildContext()), strict=True)
         check_distinct(names)
         super().__init__(dict(zip(names, losses, strict=True)), weights, balancing=balancing)
 
     @classmethod
     def from_hyperparameters(cls, values: Mapping[str, Any], context: BuildContext) -> ComposedLoss:
         """Build the components; see the class for what `values["components"]` holds."""
-        built = [parse_component(component, context, i + 1) for i, component in enumerate(values["components"])]
-        return cls(**{**values, "components": built})
+        return cls(**{**values, "components": _parsed(values["components"], context)})
+
+
+def _parsed(components: list, context: BuildContext) -> list[tuple[str, float | Schedule, Loss]]:
+    return [parse_component(component, context, number) for number, component in enumerate(components, start=1)]
 
 
 def parse_component(component: Any, context: BuildContext, number: int) -> tuple[str, float | Schedule, Loss]:

@@ -79,7 +79,7 @@ class MultiObjectiveGRPOLoss(ComposableLossFunction):
 
 def _main(base: str | dict | Loss, context: BuildContext) -> Loss:
     """The main loss; one that is an object already stays as it is."""
-    main = base if isinstance(base, Loss) else build_component(base, context, "'base'")
+    main = build_component(base, context, "'base'")
     if not any(leaf.surrogate for leaf in main.leaves()):
         raise LossConfigError(f"'base': expected a policy surrogate such as 'grpo' or 'dapo', found {main.name!r}")
     return main

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from ....state import host
@@ -15,9 +14,6 @@ from .strategy import LOWEST_BETA, BetaStrategy, total_and_count
 
 if TYPE_CHECKING:
     from ..adaptive_dpo import AdaptiveDPOLoss
-
-# A token's log-ratio in the estimate is held here; exp() overflows float32 beyond exp(88).
-_MAX_EXPONENT = 80.0
 
 
 class KLControlled(BetaStrategy):
@@ -51,8 +47,7 @@ class KLControlled(BetaStrategy):
         return max(loss.initial_beta * self.factor.item(), LOWEST_BETA)
 
     def followed(self, batch: PreferenceBatch, outputs: ModelOutputs) -> Tensor:
-        minus_d = (outputs.ref_per_token_logps - outputs.per_token_logps.detach()).clamp(max=_MAX_EXPONENT)
-        return total_and_count((torch.expm1(minus_d) - minus_d).sum(dim=1), batch)  # 0 at masked positions
+        return total_and_count(outputs.token_kl.sum(dim=1), batch)
 
     def end_step(self, loss: AdaptiveDPOLoss, total: float, count: float) -> Mapping[str, float] | None:
         kl = total / count if count else math.nan
