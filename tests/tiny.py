@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +76,25 @@ def load_model(path: Path, seed: int | None = None, scale: float = 0.05) -> PreT
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     if seed is not None:
         generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in model.parameters():
+        parameters = list(model.parameters())
+        with torch.no_grad(), whole(parameters, modifier_rank=0):
+            for parameter in parameters:
                 parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+def whole(parameters: list[torch.nn.Parameter], modifier_rank: int | None = None) -> AbstractContextManager:
+    """Whole parameters inside the context, also where ZeRO-3 has left each rank a part of them.
+
+    Args:
+        parameters: Of one model.
+        modifier_rank: The rank whose changes to them are kept; None keeps nobody's.
+    """
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank)
 
 
 def preference_data(rows: int = 8) -> Dataset:

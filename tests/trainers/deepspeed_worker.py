@@ -1,6 +1,6 @@
 """Trains under DeepSpeed, in one go and interrupted; rank 0 writes what came out.
 
-accelerate launch --config_file CONFIG tests/trainers/deepspeed_worker.py MODEL OUTPUT
+Started by `launching.launch`: python -m tests.trainers.deepspeed_worker MODEL OUTPUT
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests import tiny
 from trl_custom_losses import CustomDPOConfig, CustomDPOTrainer, LossConfigError

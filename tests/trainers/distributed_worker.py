@@ -160,7 +160,7 @@ def run(case: dict[str, Any], model_path: Path, output: Path, world: int) -> dic
         **tiny.run_arguments(output / "run"),
         "learning_rate": 1e-2,
         "optim": "sgd",  # so that an equal gradient, not only its sign, makes equal weights
-        "max_steps": STEPS,
+        "max_steps": case.get("steps", STEPS),
         "per_device_train_batch_size": GLOBAL_BATCH // world // accumulation,
         "per_device_eval_batch_size": GLOBAL_BATCH // world,
         "gradient_accumulation_steps": accumulation,
@@ -197,18 +197,25 @@ def run(case: dict[str, Any], model_path: Path, output: Path, world: int) -> dic
     trainer.train()
     if case["family"] == "dpo":
         trainer.evaluate()
-    weights = {name: value.detach().clone() for name, value in trainer.model.named_parameters() if value.requires_grad}
+    weights = trained_weights(trainer.model)
     loss = getattr(trainer, "loss_function", None)
     state = {} if loss is None else {name: value.detach().clone() for name, value in loss.state_dict().items()}
     return {"logs": trainer.state.log_history, "weights": weights, "state": state}
 
 
-def main() -> None:
-    """Run every case and write logs (JSON) and weights, from rank 0."""
+def trained_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the whole parameters that were trained, by name, on every rank."""
+    parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    with tiny.whole(list(parameters.values())):
+        return {name: value.detach().clone() for name, value in parameters.items()}
+
+
+def main(cases: dict[str, dict[str, Any]] = CASES) -> None:
+    """Run every case and write logs (JSON) and weights, from rank 0, and the losses' states, from all."""
     model_path, output = Path(sys.argv[1]), Path(sys.argv[2])
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank = os.environ.get("RANK", "0")
-    results = {name: run(case, model_path, output, world) for name, case in CASES.items()}
+    results = {name: run(case, model_path, output, world) for name, case in cases.items()}
     torch.save({name: result["state"] for name, result in results.items()}, output / f"state{rank}.pt")
     if rank == "0":
         (output / "logs.json").write_text(json.dumps({name: result["logs"] for name, result in results.items()}))

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from .distributed_worker import ADAPTIVE, CASES, COUPLED
+from .launching import launch
 
 pytestmark = pytest.mark.distributed
 
-ROOT = Path(__file__).parents[2]
 UNRELATED = ("runtime", "per_second", "step_time", "total_flos")  # times; the padding of a micro-batch
 # Per micro-batch by definition, so that they depend on how the batch is split over micro-batches.
 SPLIT_DEPENDENT = ("entropy", "kl", "logits/", "mean_token_accuracy", "clip_ratio/")
@@ -23,16 +20,10 @@ SPLIT_DEPENDENT = ("entropy", "kl", "logits/", "mean_token_accuracy", "clip_rati
 TOKEN_MEANS = ("eval_loss", "eval_sft_loss", "eval_total_loss")
 
 
-def launch(world: int, model: Path, output: Path) -> tuple[dict, dict, list]:
+def run_all(world: int, model: Path, output: Path) -> tuple[dict, dict, list]:
     """Run all cases in `world` processes; returns logs and weights by case, and the losses' states by rank."""
     output.mkdir()
-    program = [sys.executable, "-m"]
-    if world > 1:
-        program += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(world), "-m"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [*program, "tests.trainers.distributed_worker", str(model), str(output)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch("single" if world == 1 else "ddp", "tests.trainers.distributed_worker", model, output, folder=output)
     states = [torch.load(output / f"state{rank}.pt", weights_only=True) for rank in range(world)]
     weights = torch.load(output / "weights.pt", weights_only=True)
     return json.loads((output / "logs.json").read_text()), weights, states
@@ -42,7 +33,7 @@ def launch(world: int, model: Path, output: Path) -> tuple[dict, dict, list]:
 def runs(tmp_path_factory, dense_model):
     """Logs and weights of all cases, in one process and in two."""
     folder = tmp_path_factory.mktemp("distributed")
-    return {world: launch(world, dense_model, folder / f"world{world}") for world in (1, 2)}
+    return {world: run_all(world, dense_model, folder / f"world{world}") for world in (1, 2)}
 
 
 def compare_logs(found: list[dict], expected: list[dict], ignore: tuple[str, ...] = ()) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +49,8 @@ class LossFunctionArguments:
         super().__post_init__()  # TRL's, which runs after ours in the method resolution order
         if self.loss_function is not None:
             build_loss(self.loss_function, self)  # raises on anything that could not be built later
+        if self.use_cpu:
+            _let_deepspeed_know_its_ranks()
 
 
 @dataclass
@@ -58,6 +61,20 @@ class CustomDPOConfig(LossFunctionArguments, DPOConfig):
 @dataclass
 class CustomGRPOConfig(LossFunctionArguments, GRPOConfig):
     """`trl.GRPOConfig` with `loss_function` and `stop_on_nonfinite_loss` (see `LossFunctionArguments`)."""
+
+
+def _let_deepspeed_know_its_ranks() -> None:
+    """Give DeepSpeed the process group of a run on CPUs.
+
+    With `use_cpu` accelerate starts the group and tells DeepSpeed nothing; under ZeRO-3 a model loaded before the
+    trainer prepares its own, such as the reference, would then be partitioned as if there were one process.
+    """
+    launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if launched and torch.distributed.is_initialized():
+        from deepspeed import comm
+
+        if not comm.is_initialized():
+            comm.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
 
 
 def parse_loss_function(value: Any) -> Any:
