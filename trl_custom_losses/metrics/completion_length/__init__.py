@@ -1,0 +1,1 @@
+"""The metric `completion_length`."""

@@ -1,0 +1,1 @@
+"""The metric `preference_accuracy`."""

@@ -1,0 +1,1 @@
+"""The metric `verifiable_accuracy`."""
