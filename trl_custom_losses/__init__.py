@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .base import Loss, LossFunction, PolicyLoss, PreferenceLoss
 from .composition import ComposableLossFunction
-from .errors import LossConfigError, MissingFieldError, NonFiniteLossError, UnknownLossError
+from .errors import CheckpointError, LossConfigError, MissingFieldError, NonFiniteLossError, UnknownLossError
 from .losses.composite import ComposedLoss
 from .registry import LossFunctionRegistry
 from .types import Denominators, Metric, ModelOutputs, PolicyBatch, PreferenceBatch, Ranks, Rollout
@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 _TRAINERS = ("CustomDPOConfig", "CustomDPOTrainer", "CustomGRPOConfig", "CustomGRPOTrainer")
 
 __all__ = [
+    "CheckpointError",
     "ComposableLossFunction",
     "ComposedLoss",
     "CustomDPOConfig",

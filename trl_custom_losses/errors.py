@@ -24,3 +24,7 @@ class MissingFieldError(AttributeError):
 
 class NonFiniteLossError(FloatingPointError):
     """The loss became NaN or infinite during training."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be resumed from: half-written, damaged, missing, or not the same on every rank."""

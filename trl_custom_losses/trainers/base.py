@@ -24,6 +24,7 @@ from .forward import check_dropout, find_backbone
 from .learned import LearnedParametersCallback, add_to_optimizer, check_trainable, learned_parameters
 from .loss_state import check_state, read_state, share_state, write_state
 from .metric_buffer import MetricBuffer
+from .resumable import ResumableTrainer
 
 #: What Trainer and TRL log themselves.
 _TRAINER_METRICS = frozenset(
@@ -61,8 +62,8 @@ _TRAINER_METRICS = frozenset(
 _TRAINER_PREFIXES = ("rewards/", "completions/", "sampling/", "tools/", "profiling/")
 
 
-class LossFunctionTrainer:
-    """Mixed into a TRL trainer, in front of it. Without a loss function every method hands over to TRL.
+class LossFunctionTrainer(ResumableTrainer):
+    """Mixed into a TRL trainer, in front of it. Without a loss function it trains as TRL's, to the last bit.
 
     Attributes:
         loss_function: The loss in use, or None for TRL's own objective.

@@ -16,7 +16,8 @@ from ..types import Denominators, ModelOutputs, PreferenceBatch, masked_sum
 from .base import LossFunctionTrainer
 from .columns import COLUMN_PREFIX, ColumnCollator
 from .config import CustomDPOConfig
-from .forward import PolicyForward, RecordingModel
+from .forward import PolicyForward, RecordingModel, keep_differentiable
+from .reference_adapter import reference_adapter
 
 
 class CustomDPOTrainer(LossFunctionTrainer, DPOTrainer):
@@ -38,7 +39,9 @@ class CustomDPOTrainer(LossFunctionTrainer, DPOTrainer):
 
     def __init__(self, *args: Any, loss_function: Any = None, **kwargs: Any) -> None:
         arguments = self._choose_loss(DPOTrainer, loss_function, args, kwargs)
-        super().__init__(**arguments)
+        with reference_adapter(arguments["model"]):
+            super().__init__(**arguments)
+        keep_differentiable(self.model)
         self._set_up_loss()
         # Counts of the optimizer step under way, and how many of its micro-batches are still to come.
         self._window: Denominators | None = None
@@ -51,6 +54,10 @@ class CustomDPOTrainer(LossFunctionTrainer, DPOTrainer):
         return super().compute_ref_log_probs(
             model, {name: value for name, value in inputs.items() if not name.startswith(COLUMN_PREFIX)}
         )
+
+    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
+        keep_differentiable(self.model)  # within the constructor already
+        return super()._precompute_ref_logps(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         batch_samples, num_items = super().get_batch_samples(*args, **kwargs)

@@ -170,3 +170,14 @@ def check_dropout(model: nn.Module, loss: str) -> None:
             f"the loss '{loss}' compares two forward passes with different dropout, but the model has none: set a "
             "dropout (in the model's config, or `lora_dropout`) and `disable_dropout=False`"
         )
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """Have the 4-bit layers of bitsandbytes stay differentiable on a CPU.
+
+    Where the processor can multiply bfloat16 (AVX512-BF16), they repack their weights for inference at the first
+    forward pass in evaluation mode, for good, and from then on let no gradient through.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False

@@ -17,8 +17,9 @@ from ..summaries import summarise
 from ..types import Denominators, ModelOutputs, PolicyBatch
 from .base import LossFunctionTrainer
 from .config import CustomGRPOConfig
-from .forward import PolicyForward
-from .rollout import FORWARD_OPTIONS, GROUPS, PREPARED_PREFIX, REWARDS, extend_rollout
+from .forward import PolicyForward, keep_differentiable
+from .reference_adapter import reference_adapter
+from .rollout import FORWARD_OPTIONS, GROUPS, PREPARED_PREFIX, REWARDS, extend_rollout, keep_in_step
 
 _TRL_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 
@@ -50,10 +51,15 @@ class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
             requires = self.loss_function.requires | self.loss_function.rollout_requires
         # At beta = 0 TRL builds no reference at all, but the loss asks for its log-probabilities.
         self._reference_for_loss = config is not None and config.beta == 0 and "ref_per_token_logps" in requires
-        with self._reference_switched_on(config), self._loss_shown(config):
+        with (
+            self._reference_switched_on(config),
+            self._loss_shown(config),
+            reference_adapter(arguments["model"]),
+        ):
             super().__init__(**arguments)
         self.beta, self.loss_type = self.args.beta, self.args.loss_type
         self.importance_sampling_level = self.args.importance_sampling_level
+        keep_differentiable(self.model)
         self._set_up_loss()
 
     @contextmanager
@@ -83,6 +89,11 @@ class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
             yield
         finally:
             config.loss_type, config.importance_sampling_level = stock
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            keep_in_step(self, checkpoint)
 
     def _abandon_step(self) -> None:
         # Completions of the abandoned step were sampled by older weights and must not be taken for on-policy ones.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 import trl.rewards
+import yaml
 from datasets import DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
 from trl import (
     DatasetMixtureConfig,
@@ -27,11 +29,12 @@ from trl import (
 )
 from trl.scripts.grpo import GRPOScriptArguments
 
-from ..errors import LossConfigError
+from ..errors import CheckpointError, LossConfigError
 from ..hyperparameters import suggestion
 from .announce import logger
 from .base import LossFunctionTrainer
 from .config import CustomDPOConfig, CustomGRPOConfig
+from .continued import continued_adapter, find_adapter
 from .dpo import CustomDPOTrainer
 from .grpo import CustomGRPOTrainer
 
@@ -62,14 +65,17 @@ def parse(
         prog: Name shown in the usage message.
 
     Raises:
-        LossConfigError: The loss is wrong, or an unknown argument resembles a known one.
+        LossConfigError: The loss is wrong, the file is not plain YAML, or an unknown argument resembles a known one.
     """
     # Losses and rewards named by import path may lie beside the caller.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     types = (script_type, config_type, ModelConfig, DatasetMixtureConfig)
     parser = TrlParser(types, prog=prog)
-    *parsed, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+    try:
+        *parsed, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+    except yaml.YAMLError as error:  # malformed, or a tag that would make Python objects
+        raise LossConfigError(f"the file given as `--config` is not plain YAML: {error}") from error
     known = {name for type_ in types for name in type_.__dataclass_fields__}
     names = [word.lstrip("-").split("=")[0].replace("-", "_") for word in unknown if word.startswith("--")]
     for name in names:
@@ -137,26 +143,52 @@ def load_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> Dataset
     return load_dataset(script.dataset_name, name=script.dataset_config, streaming=streaming)
 
 
-def _run(trainer_type: type[LossFunctionTrainer], parsed: Arguments, **trainer_arguments: Any) -> Any:
-    script, training, model, mixture = parsed
+def load_model(model: ModelConfig, training: CustomDPOConfig | CustomGRPOConfig) -> dict[str, Any]:
+    """The trainer's arguments that make the model: one by name, with a new adapter or without, or a trained adapter.
+
+    Raises:
+        LossConfigError: The options contradict one another, or what they need is not installed.
+    """
+    name, revision = model.model_name_or_path, model.model_revision
     training.model_init_kwargs = {
-        "revision": model.model_revision,
+        "revision": revision,
         "trust_remote_code": training.trust_remote_code,
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
     } | (training.model_init_kwargs or {})
+    adapter = find_adapter(name, revision)
+    if adapter is not None and model.use_peft:
+        raise LossConfigError(
+            f"`use_peft` asks for a new adapter, but `model_name_or_path` '{name}' is an adapter already (of "
+            f"'{adapter.base_model_name_or_path}'): leave `use_peft` out to train it further, or merge it first with "
+            "scripts/merge_adapter.py and train a new one on the merged model"
+        )
+    bits = [option for option in ("load_in_4bit", "load_in_8bit") if getattr(model, option)]
+    if bits and importlib.util.find_spec("bitsandbytes") is None:
+        raise LossConfigError(f"`{bits[0]}` needs bitsandbytes: pip install 'trl-custom-losses[quantization]'")
+    if bits and adapter is None and not model.use_peft:
+        raise LossConfigError(f"`{bits[0]}` freezes the weights of '{name}': set `use_peft` to train an adapter on it")
+    quantization = get_quantization_config(model)
+    if adapter is None:
+        return {"model": name, "quantization_config": quantization, "peft_config": get_peft_config(model)}
+    init_arguments, training.model_init_kwargs = training.model_init_kwargs, None  # TRL loads nothing by them
+    return continued_adapter(
+        name, adapter, revision=revision, init_arguments=init_arguments, training=training, quantization=quantization
+    )
+
+
+def _run(trainer_type: type[LossFunctionTrainer], parsed: Arguments, **trainer_arguments: Any) -> Any:
+    script, training, model, mixture = parsed
     dataset = load_data(script, mixture)
     evaluates = training.eval_strategy != "no"
     for split in [script.dataset_train_split, *([script.dataset_test_split] if evaluates else [])]:
         if split not in dataset:
             raise LossConfigError(f"the data set has no split '{split}'; it has {', '.join(dataset)}")
     trainer = trainer_type(
-        model=model.model_name_or_path,
         args=training,
         train_dataset=dataset[script.dataset_train_split],
         eval_dataset=dataset[script.dataset_test_split] if evaluates else None,
-        quantization_config=get_quantization_config(model),
-        peft_config=get_peft_config(model),
+        **load_model(model, training),
         **trainer_arguments,
     )
     if script.ignore_bias_buffers:
@@ -174,8 +206,8 @@ def _run(trainer_type: type[LossFunctionTrainer], parsed: Arguments, **trainer_a
 
 
 def exit_with_message(run: Callable[[], Any]) -> None:
-    """Run a script's entry point; a mistake in the configuration ends it with one line instead of a traceback."""
+    """Run a script's entry point; what its user can put right ends it with one line instead of a traceback."""
     try:
         run()
-    except LossConfigError as error:
+    except (LossConfigError, CheckpointError) as error:
         sys.exit(f"error: {error}")

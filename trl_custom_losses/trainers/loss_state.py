@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..base import Loss
-from ..errors import LossConfigError
+from ..errors import CheckpointError, LossConfigError
 
 #: File of a checkpoint that holds the loss's state.
 STATE_FILE = "loss_function.safetensors"
@@ -43,13 +44,21 @@ def read_state(loss: Loss, folder: Path) -> None:
 
     Raises:
         FileNotFoundError: The loss has state and the folder has none.
+        CheckpointError: The file is truncated, or holds the state of another loss.
     """
     if not loss.state_dict():
         return
     file = folder / STATE_FILE
     if not file.exists():
         raise FileNotFoundError(f"the loss '{loss.name}' has state, but the checkpoint lacks {file}")
-    loss.load_state_dict(load_file(file))  # to the host; copied from there to wherever the loss is
+    try:
+        state = load_file(file)  # to the host; copied from there to wherever the loss is
+    except SafetensorError as error:
+        raise CheckpointError(f"the state of the loss '{loss.name}', {file}, cannot be read: {error}") from error
+    try:
+        loss.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"{file} does not hold the state of the loss '{loss.name}': {error}") from error
 
 
 def share_state(loss: Loss, accelerator: Accelerator) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from ..types import ModelOutputs, Ranks, Rollout
+from .announce import logger
 from .columns import COLUMN_PREFIX, column_values
 from .forward import PolicyForward
 
@@ -193,3 +195,25 @@ def _replace_advantages(trainer: Any, output: dict[str, Any], advantages: Tensor
     for _ in range(min(len(shown), len(table))):
         table.pop()
     table.extend(shown)
+
+
+def keep_in_step(trainer: Any, checkpoint: str) -> None:
+    """Have a resumed training generate at the boundaries that the sampler's prompts have.
+
+    TRL counts micro-batches from 0 again, so that from inside a generation batch it would go on with completions of
+    other prompts.
+
+    Args:
+        trainer: A `CustomGRPOTrainer` whose state is that of the checkpoint.
+        checkpoint: Named in the warning.
+    """
+    accumulation = trainer.args.gradient_accumulation_steps
+    trainer._step = trainer.state.global_step * accumulation
+    period = trainer.args.steps_per_generation * trainer.num_iterations
+    if trainer._step % period:
+        logger.warning(
+            "%s was saved in the middle of a generation batch, whose completions are generated anew. To resume as if "
+            "nothing had happened, save every %d steps or a multiple of that",
+            checkpoint,
+            math.lcm(period, accumulation) // accumulation,
+        )

@@ -1,0 +1,264 @@
+"""Checkpoints are whole or not read: interrupted, damaged and missing ones, and what is deleted when."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers.trainer_utils import get_last_checkpoint
+
+from tests import tiny
+from trl_custom_losses import CheckpointError, CustomDPOConfig, CustomDPOTrainer, CustomGRPOConfig, CustomGRPOTrainer
+from trl_custom_losses.trainers import checkpoints
+from trl_custom_losses.trainers.checkpoints import MANIFEST, agree_on_checkpoint, find_checkpoint
+
+STATEFUL = {
+    "type": "dynamic_multi_objective",
+    "rule": "dwa",
+    "window": 1,
+    "objectives": {"pref": {"type": "sigmoid"}, "sft": {"type": "sft"}},
+}
+
+
+def trainer(model: Path, arguments: dict, **options) -> CustomDPOTrainer:
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4, "per_device_train_batch_size": 2}
+    return CustomDPOTrainer(
+        model=tiny.load_model(model, seed=1),
+        args=CustomDPOConfig(**{**arguments, **saving, "loss_function": STATEFUL, **options}),
+        train_dataset=tiny.preference_data(),
+        eval_dataset=tiny.preference_data(4),
+        processing_class=tiny.tokenizer(),
+    )
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the trainer's catches it."""
+
+
+def killed_while_saving(run: CustomDPOTrainer, monkeypatch: pytest.MonkeyPatch, step: int, method: str) -> None:
+    """Train until a method is called within the checkpoint of a step."""
+    stock = getattr(type(run), method)
+
+    def until(self, *args, **kwargs):
+        if self.state.global_step == step and self._writing_checkpoint:
+            raise Killed
+        return stock(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(run), method, until)
+        with pytest.raises(Killed):
+            run.train()
+
+
+def folder(run: CustomDPOTrainer, step: int) -> Path:
+    return Path(run.args.output_dir) / f"checkpoint-{step}"
+
+
+def assert_equal_ends(one: CustomDPOTrainer, other: CustomDPOTrainer) -> None:
+    assert one.state.global_step == other.state.global_step
+    for ours, theirs in zip(one.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    state = other.loss_function.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in one.loss_function.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["_save_optimizer_and_scheduler", "_save_scaler", "_save_rng_state"])
+@pytest.mark.parametrize("wanted", ["latest", True])
+def test_a_checkpoint_that_was_being_written_is_passed_over(dense_model, run_arguments, monkeypatch, method, wanted):
+    whole = trainer(dense_model, {**run_arguments, "output_dir": run_arguments["output_dir"] + "-whole"})
+    whole.train()
+    broken = trainer(dense_model, run_arguments)
+    killed_while_saving(broken, monkeypatch, 3, method)
+    assert get_last_checkpoint(run_arguments["output_dir"]).endswith("checkpoint-3")  # what a stock trainer would read
+    assert find_checkpoint(wanted, run_arguments["output_dir"]) == str(folder(broken, 2))
+    with pytest.raises(CheckpointError, match=r"checkpoint-3 cannot be resumed from: it was not written to its end"):
+        trainer(dense_model, run_arguments).train(resume_from_checkpoint=str(folder(broken, 3)))
+    resumed = trainer(dense_model, run_arguments)
+    resumed.train(resume_from_checkpoint=wanted)
+    assert_equal_ends(resumed, whole)
+    assert checkpoints.is_finished(folder(resumed, 3)) and checkpoints.damage(folder(resumed, 3)) is None
+
+
+def test_a_finished_checkpoint_lists_every_file_and_leaves_no_mark(dense_model, run_arguments):
+    run = trainer(dense_model, run_arguments)
+    run.train()
+    path = folder(run, 4)
+    listed = json.loads((path / MANIFEST).read_text())["files"]
+    assert listed == {file.name: file.stat().st_size for file in path.iterdir() if file.name != MANIFEST}
+    assert {"model.safetensors", "optimizer.pt", "loss_function.safetensors", "trainer_state.json"} <= listed.keys()
+    assert not list(path.parent.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json", "loss_function.safetensors"]
+)
+def test_a_truncated_file_is_named_and_an_older_checkpoint_taken_only_if_asked(
+    dense_model, run_arguments, caplog, name
+):
+    whole = trainer(dense_model, run_arguments)
+    whole.train()
+    damaged = folder(whole, 4) / name
+    damaged.write_bytes(damaged.read_bytes()[:-7])
+    size = damaged.stat().st_size
+    for wanted in ("latest", True, str(folder(whole, 4))):
+        with pytest.raises(CheckpointError, match=rf"{name} has {size} bytes, {size + 7} were written.*latest_intact"):
+            trainer(dense_model, run_arguments).train(resume_from_checkpoint=wanted)
+    resumed = trainer(dense_model, run_arguments)
+    with caplog.at_level(logging.WARNING):
+        resumed.train(resume_from_checkpoint="latest_intact")
+    assert f"{name} has {size} bytes" in caplog.text and "passed over" in caplog.text
+    assert_equal_ends(resumed, whole)
+
+
+def test_a_missing_file_and_a_damaged_list_are_named(dense_model, run_arguments):
+    run = trainer(dense_model, run_arguments)
+    run.train()
+    (folder(run, 4) / "optimizer.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt is missing"):
+        find_checkpoint("latest", run.args.output_dir)
+    (folder(run, 3) / MANIFEST).write_text('{"files": {"opt')
+    with pytest.raises(CheckpointError, match=rf"{MANIFEST} cannot be read"):
+        find_checkpoint(str(folder(run, 3)), run.args.output_dir)
+    assert find_checkpoint("latest_intact", run.args.output_dir) == str(folder(run, 2))
+
+
+def test_a_truncated_loss_state_is_named_in_a_checkpoint_without_a_list(dense_model, run_arguments):
+    run = trainer(dense_model, run_arguments)
+    run.train()
+    (folder(run, 4) / MANIFEST).unlink()  # as in a checkpoint that another program has copied
+    state = folder(run, 4) / "loss_function.safetensors"
+    whole = state.read_bytes()
+    for content in (whole[:-3], whole[:4], b""):
+        state.write_bytes(content)
+        with pytest.raises(
+            CheckpointError, match=r"state of the loss 'dynamic_multi_objective', .*loss_function\.safe"
+        ):
+            trainer(dense_model, run_arguments, max_steps=5).train(resume_from_checkpoint="latest")
+
+
+def test_the_state_of_another_loss_is_refused(dense_model, run_arguments):
+    trainer(dense_model, run_arguments).train()
+    other = {**STATEFUL, "objectives": {**STATEFUL["objectives"], "more": {"type": "hinge"}}}
+    with pytest.raises(CheckpointError, match=r"does not hold the state of the loss"):
+        trainer(dense_model, run_arguments, max_steps=5, loss_function=other).train(resume_from_checkpoint="latest")
+
+
+def test_without_a_checkpoint_latest_starts_anew_and_the_others_say_so(dense_model, run_arguments, tmp_path):
+    run = trainer(dense_model, run_arguments, max_steps=1)
+    run.train(resume_from_checkpoint="latest")
+    assert run.state.global_step == 1
+    with pytest.raises(CheckpointError, match="no finished checkpoint in"):
+        find_checkpoint(True, str(tmp_path / "empty"))
+    with pytest.raises(CheckpointError, match=r"there is no checkpoint .*checkpoint-9 to resume from"):
+        find_checkpoint("checkpoint-9", str(tmp_path))
+    assert find_checkpoint(None, "x") is find_checkpoint(False, "x") is find_checkpoint("false", "x") is None
+    with pytest.raises(CheckpointError, match="no finished checkpoint"):
+        find_checkpoint("True", str(tmp_path))  # a word of the command line
+
+
+def test_steps_are_ordered_as_numbers(tmp_path):
+    for step in (9, 10, 100, 20):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-best").mkdir()
+    assert find_checkpoint("latest", str(tmp_path)) == str(tmp_path / "checkpoint-100")
+
+
+def test_older_checkpoints_are_deleted_after_the_new_one_is_finished(dense_model, run_arguments, monkeypatch):
+    broken = trainer(dense_model, run_arguments, save_total_limit=1)
+    finish = checkpoints.finish
+
+    def killed(path: Path) -> None:
+        if path.name == "checkpoint-3":
+            raise Killed
+        finish(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trl_custom_losses.trainers.resumable.finish", killed)
+        with pytest.raises(Killed):
+            broken.train()
+    assert find_checkpoint("latest", run_arguments["output_dir"]) == str(folder(broken, 2))
+    resumed = trainer(dense_model, run_arguments, save_total_limit=1)
+    resumed.train(resume_from_checkpoint="latest")
+    assert [path.name for path in Path(run_arguments["output_dir"]).glob("checkpoint-*")] == ["checkpoint-4"]
+    assert resumed.args.save_total_limit == 1
+    saved = torch.load(folder(resumed, 4) / "training_args.bin", weights_only=False)
+    assert saved.save_total_limit == 1
+
+
+def test_the_best_checkpoint_is_kept_and_loaded(dense_model, run_arguments):
+    options = {"save_total_limit": 1, "load_best_model_at_end": True, "metric_for_best_model": "eval_pref_weight"}
+    run = trainer(dense_model, run_arguments, eval_strategy="steps", eval_steps=1, greater_is_better=True, **options)
+    run.train()
+    best = Path(run.state.best_model_checkpoint)
+    assert checkpoints.is_finished(best) and len(list(best.parent.glob("checkpoint-*"))) <= 2
+
+
+def test_a_run_that_had_reached_its_end_takes_no_further_step(dense_model, run_arguments):
+    whole = trainer(dense_model, run_arguments)
+    whole.train()
+    again = trainer(dense_model, run_arguments)
+    again.train(resume_from_checkpoint="latest")
+    assert_equal_ends(again, whole)
+
+
+def ranks(count: int = 2) -> SimpleNamespace:
+    return SimpleNamespace(num_processes=count)
+
+
+def test_an_error_on_another_rank_is_an_error_here(monkeypatch, tmp_path):
+    monkeypatch.setattr(checkpoints, "gather_object", lambda mine: [*mine, (None, "rank 1: optimizer.pt is missing")])
+    with pytest.raises(CheckpointError, match=r"rank 1: optimizer\.pt is missing"):
+        agree_on_checkpoint("latest", str(tmp_path), ranks())
+
+
+def test_ranks_that_see_different_checkpoints_are_told_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(checkpoints, "gather_object", lambda mine: [*mine, ("run/checkpoint-8", None)])
+    with pytest.raises(CheckpointError, match=r"rank 0: None, rank 1: run/checkpoint-8.*save_on_each_node"):
+        agree_on_checkpoint("latest", str(tmp_path), ranks())
+
+
+def grpo(model: Path, arguments: dict, **options) -> CustomGRPOTrainer:
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4, "per_device_train_batch_size": 4}
+    generating = {"num_generations": 4, "max_completion_length": 6, "loss_function": "grpo"}
+    return CustomGRPOTrainer(
+        model=tiny.load_model(model, seed=1),
+        args=CustomGRPOConfig(**{**arguments, **saving, **generating, **options}),
+        train_dataset=tiny.prompt_data(),
+        reward_funcs=tiny.count_reward,
+        processing_class=tiny.tokenizer(),
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"steps_per_generation": 2}])
+def test_grpo_resumes_bit_for_bit_between_generation_batches(dense_model, run_arguments, options):
+    whole = grpo(dense_model, run_arguments, **options)
+    whole.train()
+    resumed = grpo(dense_model, run_arguments, **options)
+    resumed.train(resume_from_checkpoint=str(Path(run_arguments["output_dir"]) / "checkpoint-2"))
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_grpo_resumed_within_a_generation_batch_says_so_and_keeps_prompts_in_step(dense_model, run_arguments, caplog):
+    seen: list[list[str]] = []
+
+    def noting(prompts: list[str], completions: list[str], **columns) -> list[float]:
+        seen.append(prompts)
+        return tiny.count_reward(completions)
+
+    options = {"steps_per_generation": 2, "num_iterations": 1}
+    whole = grpo(dense_model, run_arguments, **options)
+    whole.reward_funcs = [noting]
+    whole.train()
+    expected, seen[:] = list(seen), []
+    resumed = grpo(dense_model, run_arguments, **options)
+    resumed.reward_funcs = [noting]
+    with caplog.at_level(logging.WARNING):
+        resumed.train(resume_from_checkpoint=str(Path(run_arguments["output_dir"]) / "checkpoint-1"))
+    assert "in the middle of a generation batch" in caplog.text and "every 2 steps" in caplog.text
+    assert len(expected) == 2 and seen == expected  # the first batch again, the second as before
