@@ -27,7 +27,7 @@ LOSSES: dict[str, dict[str, Any]] = {
         "loss": {"type": "composed_dpo_grpo", "dpo": {"type": "sigmoid", "beta": 0.5}},
     },
 }
-# `consistency` compares the pairs of a micro-batch, so accumulation, which makes that smaller, changes it by definition.
+# `consistency` compares the pairs of a micro-batch with one another, so accumulation changes it by definition.
 COUPLED = ("multi_objective_dpo",)
 MODES = ("full", "lora")
 

@@ -77,9 +77,11 @@ def test_a_checkpoint_that_was_being_written_is_passed_over(dense_model, run_arg
     assert find_checkpoint(wanted, run_arguments["output_dir"]) == str(folder(broken, 2))
     with pytest.raises(CheckpointError, match=r"checkpoint-3 cannot be resumed from: it was not written to its end"):
         trainer(dense_model, run_arguments).train(resume_from_checkpoint=str(folder(broken, 3)))
+    (folder(broken, 3) / "left_over.bin").touch()
     resumed = trainer(dense_model, run_arguments)
     resumed.train(resume_from_checkpoint=wanted)
     assert_equal_ends(resumed, whole)
+    assert not (folder(resumed, 3) / "left_over.bin").exists()
     assert checkpoints.is_finished(folder(resumed, 3)) and checkpoints.damage(folder(resumed, 3)) is None
 
 
@@ -199,9 +201,9 @@ def test_the_best_checkpoint_is_kept_and_loaded(dense_model, run_arguments):
 
 
 def test_a_run_that_had_reached_its_end_takes_no_further_step(dense_model, run_arguments):
-    whole = trainer(dense_model, run_arguments)
+    whole = trainer(dense_model, run_arguments, max_steps=3)  # within an epoch, where the Trainer would go on
     whole.train()
-    again = trainer(dense_model, run_arguments)
+    again = trainer(dense_model, run_arguments, max_steps=3)
     again.train(resume_from_checkpoint="latest")
     assert_equal_ends(again, whole)
 
