@@ -1,8 +1,7 @@
-"""The training scripts: recipes load, run on tiny models, and mistakes end in one clear line."""
+"""The training scripts: arguments are read, data and rewards found, and mistakes end in one clear line."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,66 +10,19 @@ from pathlib import Path
 import pytest
 import yaml
 from trl import ScriptArguments
-from trl.scripts.grpo import GRPOScriptArguments
 
-from trl_custom_losses import CustomDPOConfig, CustomGRPOConfig, LossConfigError
+from trl_custom_losses import CustomDPOConfig, LossConfigError
 from trl_custom_losses.trainers import launch
 
 from . import tiny
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted(ROOT.glob("recipes/dpo/*.yaml")) + sorted(ROOT.glob("recipes/grpo/*.yaml"))
 ON_CPU = ["--use_cpu", "true", "--bf16", "false", "--dtype", "float32", "--report_to", "none", "--disable_tqdm", "true"]
 
 
 def write_rows(path: Path, rows) -> str:
     path.write_text("\n".join(json.dumps(row) for row in rows))
     return str(path)
-
-
-def tiny_run(recipe: Path, tmp_path: Path, model: Path) -> list[str]:
-    """A recipe's command line with a tiny model, local data and two steps."""
-    data = tiny.preference_data() if recipe.parent.name == "dpo" else tiny.prompt_data()
-    # With these columns there, the scorer of a recipe, a large model, is not asked.
-    data = data.add_column("chosen_unsafe", [0.0] * len(data)).add_column("rejected_unsafe", [1.0] * len(data))
-    words = ["--config", str(recipe), "--model_name_or_path", str(model), *ON_CPU, "--max_steps", "2"]
-    words += ["--dataset_name", write_rows(tmp_path / "data.jsonl", data), "--output_dir", str(tmp_path / "out")]
-    words += ["--gradient_accumulation_steps", "1"]
-    if recipe.parent.name == "grpo":
-        words += ["--reward_funcs", "tests.tiny.count_reward", "--max_completion_length", "8"]
-    return words
-
-
-def script_of(recipe: Path):
-    """The recipe's training script, imported as a module."""
-    path = ROOT / "scripts" / f"train_{recipe.parent.name}.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_every_key_of_a_recipe_is_known_and_its_loss_builds(recipe):
-    script, config = {
-        "dpo": (ScriptArguments, CustomDPOConfig),
-        "grpo": (GRPOScriptArguments, CustomGRPOConfig),
-    }[recipe.parent.name]
-    words = ["--config", str(recipe), "--use_cpu", "true", "--bf16", "false"]
-    *_, unknown = launch.TrlParser(
-        (script, config, launch.ModelConfig, launch.DatasetMixtureConfig)
-    ).parse_args_and_config(words, return_remaining_strings=True)
-    assert unknown == []
-    _, training, *_ = launch.parse(words, script, config)
-    assert training.loss_function == yaml.safe_load(recipe.read_text())["loss_function"]
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_a_recipe_trains_a_tiny_model_for_two_steps(recipe, tmp_path, dense_model):
-    trainer = script_of(recipe).main(tiny_run(recipe, tmp_path, dense_model))
-    assert trainer.state.global_step == 2
-    assert trainer.loss_function.name == trainer.args.loss_function["type"]
-    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
 def test_a_yaml_of_trl_works_with_one_key_added(tmp_path, dense_model):
@@ -134,3 +86,12 @@ def test_a_mistake_ends_the_program_with_one_line(family, tmp_path):
     assert run.returncode == 1
     assert "Traceback" not in run.stderr
     assert "there is no loss named 'no_such_loss'" in run.stderr
+
+
+def test_fsdp_that_accelerate_would_drop_without_a_word_is_an_error(tmp_path, dense_model, monkeypatch):
+    data = write_rows(tmp_path / "data.jsonl", tiny.preference_data())
+    words = ["--model_name_or_path", str(dense_model), *ON_CPU, "--max_steps", "1", "--loss_function", "hinge"]
+    words += ["--dataset_name", data, "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(LossConfigError, match="asks for FSDP, but accelerate chose NO"):
+        launch.train_dpo(words)

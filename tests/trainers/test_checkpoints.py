@@ -224,13 +224,13 @@ def test_ranks_that_see_different_checkpoints_are_told_so(monkeypatch, tmp_path)
         agree_on_checkpoint("latest", str(tmp_path), ranks())
 
 
-def grpo(model: Path, arguments: dict, **options) -> CustomGRPOTrainer:
+def grpo(model: Path, arguments: dict, rows: int = 8, **options) -> CustomGRPOTrainer:
     saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4, "per_device_train_batch_size": 4}
     generating = {"num_generations": 4, "max_completion_length": 6, "loss_function": "grpo"}
     return CustomGRPOTrainer(
         model=tiny.load_model(model, seed=1),
         args=CustomGRPOConfig(**{**arguments, **saving, **generating, **options}),
-        train_dataset=tiny.prompt_data(),
+        train_dataset=tiny.prompt_data(rows),
         reward_funcs=tiny.count_reward,
         processing_class=tiny.tokenizer(),
     )
@@ -242,6 +242,18 @@ def test_grpo_resumes_bit_for_bit_between_generation_batches(dense_model, run_ar
     whole.train()
     resumed = grpo(dense_model, run_arguments, **options)
     resumed.train(resume_from_checkpoint=str(Path(run_arguments["output_dir"]) / "checkpoint-2"))
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("step", [3, 4, 7, 9])
+def test_grpo_resumes_bit_for_bit_in_a_later_epoch(dense_model, run_arguments, step):
+    """Each epoch has an order of its own."""
+    options = {"rows": 3, "max_steps": 11, "learning_rate": 1e-2}
+    whole = grpo(dense_model, run_arguments, **options)
+    whole.train()
+    resumed = grpo(dense_model, run_arguments, **options)
+    resumed.train(resume_from_checkpoint=str(Path(run_arguments["output_dir"]) / f"checkpoint-{step}"))
     for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 

@@ -42,6 +42,7 @@ class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
     _default_config = CustomGRPOConfig
     _default_suffix = "GRPO"
     _gathered_rewards: Tensor | None = None
+    _train_sampler: Any = None
 
     def __init__(self, *args: Any, loss_function: Any = None, **kwargs: Any) -> None:
         arguments = self._choose_loss(GRPOTrainer, loss_function, args, kwargs)
@@ -89,6 +90,10 @@ class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
             yield
         finally:
             config.loss_type, config.importance_sampling_level = stock
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        self._train_sampler = super()._get_train_sampler(*args, **kwargs)
+        return self._train_sampler
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import trl.rewards
 import yaml
+from accelerate import DistributedType
 from datasets import DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
 from trl import (
     DatasetMixtureConfig,
@@ -191,6 +192,12 @@ def _run(trainer_type: type[LossFunctionTrainer], parsed: Arguments, **trainer_a
         **load_model(model, training),
         **trainer_arguments,
     )
+    found = trainer.accelerator.distributed_type
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and found != DistributedType.FSDP:
+        raise LossConfigError(
+            f"the launcher asks for FSDP, but accelerate chose {found.value}, which spreads nothing: it has FSDP for "
+            "accelerators alone. Launch with another file of recipes/accelerate/, or see the header of fsdp2.yaml"
+        )
     if script.ignore_bias_buffers:
         # DDP cannot broadcast the boolean attention-bias buffers of some older models.
         buffers = trainer.model.named_buffers()

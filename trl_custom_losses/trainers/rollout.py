@@ -198,15 +198,20 @@ def _replace_advantages(trainer: Any, output: dict[str, Any], advantages: Tensor
 
 
 def keep_in_step(trainer: Any, checkpoint: str) -> None:
-    """Have a resumed training generate at the boundaries that the sampler's prompts have.
+    """Have a resumed training draw the prompts, and generate at the boundaries, of one that was never stopped.
 
-    TRL counts micro-batches from 0 again, so that from inside a generation batch it would go on with completions of
-    other prompts.
+    TRL's sampler draws each epoch's order from where the last one left its generator, and starts from the seed when
+    resumed: the second epoch would repeat the order of the first. TRL counts micro-batches from 0 again, too, so that
+    from inside a generation batch it would go on with completions of other prompts.
 
     Args:
         trainer: A `CustomGRPOTrainer` whose state is that of the checkpoint.
         checkpoint: Named in the warning.
     """
+    sampler = trainer._train_sampler
+    if getattr(sampler, "shuffle", False):
+        for _ in range(math.floor(trainer.state.epoch + 1e-6)):  # a whole epoch may be a sum of fractions
+            torch.randperm(sampler.num_samples, generator=sampler.generator)
     accumulation = trainer.args.gradient_accumulation_steps
     trainer._step = trainer.state.global_step * accumulation
     period = trainer.args.steps_per_generation * trainer.num_iterations
