@@ -6,9 +6,11 @@
 
 A tiny random model is trained with a loss that has a state (weights that balance themselves) and a schedule, and saves
 a checkpoint after every step. One run is left alone. The other is started with the same command every time, with
-`--resume_from_checkpoint latest`, and gets SIGKILL, all its processes at once, a random time after its first new step:
-while computing, while writing a checkpoint, while deleting an old one. Then weights, the loss's state and the logged
-losses of the two runs are compared bit by bit.
+`--resume_from_checkpoint latest`, and gets SIGKILL, all its processes at once: every third time at a random moment of
+the whole life of the process (most often while it starts, or reads a checkpoint), otherwise a random time after its
+first new step began to be saved (while it writes a checkpoint, deletes an old one, computes). Then weights, optimizer,
+the loss's state and the logged losses of the two runs are compared bit by bit. The data last for a few steps only, so
+that the runs go through many epochs.
 """
 
 from __future__ import annotations
@@ -42,12 +44,16 @@ class Kill:
 
     Args:
         number: Counted from 1.
-        step: Last step with a finished checkpoint when the run was killed.
+        seconds: Since the process was started.
+        step: Last step with a checkpoint when the run was killed.
+        progress: Steps with a checkpoint that this start added.
         unfinished: Steps whose checkpoint was being written.
     """
 
     number: int
+    seconds: float
     step: int
+    progress: int
     unfinished: list[int]
 
 
@@ -67,7 +73,7 @@ def make_inputs(trainer: str, folder: Path, seed: int) -> tuple[Path, Path]:
     tokenizer.save_pretrained(folder / "model")
     generator = random.Random(seed)
     rows = []
-    for _ in range(64):
+    for _ in range(16):
         problem = addition_problem(generator.randrange(100), generator.randrange(100))
         wrong = f"{(int(problem.answer) + generator.randrange(1, 50)) % 1000:03d}"
         rows.append(
@@ -125,14 +131,14 @@ def start(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
 
 
 def finished_steps(output: Path) -> list[int]:
-    """Steps with a finished checkpoint."""
+    """Steps with a checkpoint."""
     return sorted(int(path.parent.name.split("-")[1]) for path in output.glob("checkpoint-*/checkpoint_files.json"))
 
 
 def unfinished_steps(output: Path, since: float = 0.0) -> list[int]:
-    """Steps whose checkpoint is marked as being written, by a mark made after `since` (seconds of the epoch)."""
-    marks = [path for path in output.glob(".checkpoint-*.unfinished") if _changed(path) > since]
-    return sorted(int(path.name.split("-")[1].split(".")[0]) for path in marks)
+    """Steps whose checkpoint is being written, in a folder made after `since` (seconds of the epoch)."""
+    folders = [path for path in output.glob("_unfinished/checkpoint-*") if _changed(path) > since]
+    return sorted(int(path.name.split("-")[1]) for path in folders)
 
 
 def _changed(path: Path) -> float:
@@ -143,8 +149,8 @@ def _changed(path: Path) -> float:
 
 
 def wait_for_step(run: subprocess.Popen[bytes], output: Path, after: int) -> bool:
-    """Wait until the run begins a checkpoint of a step beyond `after`; False if it ended instead."""
-    began = time.time()  # marks that an earlier, killed run has left are older
+    """Wait until the run begins to save a step beyond `after`; False if it ended instead."""
+    began = time.time()  # what an earlier, killed run has left is older
     while run.poll() is None:
         if any(step > after for step in (*unfinished_steps(output, began), *finished_steps(output))):
             return True
@@ -152,30 +158,31 @@ def wait_for_step(run: subprocess.Popen[bytes], output: Path, after: int) -> boo
     return False
 
 
-def interrupt(command: Sequence[str], output: Path, log: Path, delay: float, number: int) -> Kill:
-    """Start the run, let it reach a new step, wait, and kill it.
+def interrupt(command: Sequence[str], output: Path, log: Path, number: int, delay: float, *, stepping: bool) -> Kill:
+    """Start the run, wait, and kill it.
 
     Args:
         command: Of the run.
         output: Its output directory.
         log: Where its output goes.
-        delay: Seconds to wait after the first new step began to be saved.
         number: Of the kill.
+        delay: Seconds to wait.
+        stepping: Whether they count from when a new step began to be saved, or from the start of the process.
 
     Raises:
         SystemExit: The run ended by itself: it failed, or there are too few steps for so many kills.
     """
-    before = max(finished_steps(output), default=0)
+    before, began = max(finished_steps(output), default=0), time.monotonic()
     run = start(command, log)
-    reached = wait_for_step(run, output, before)
-    if reached:
+    if not stepping or wait_for_step(run, output, before):
         time.sleep(delay)
-    if not reached or run.poll() is not None:
+    if run.poll() is not None:
         tail = log.read_text()[-3000:]
         raise SystemExit(f"the run ended by itself (exit status {run.poll()}) before kill {number}:\n{tail}")
     os.killpg(run.pid, signal.SIGKILL)
     run.wait()
-    return Kill(number, max(finished_steps(output), default=0), unfinished_steps(output))
+    step = max(finished_steps(output), default=0)
+    return Kill(number, time.monotonic() - began, step, step - before, unfinished_steps(output))
 
 
 def finish(command: Sequence[str], log: Path) -> float:
@@ -200,6 +207,11 @@ def differences(one: Path, other: Path, steps: int) -> list[str]:
     for name in ("model.safetensors", f"checkpoint-{steps}/loss_function.safetensors"):
         ours, theirs = load_file(one / name), load_file(other / name)
         found += [f"{name}: {key}" for key in ours.keys() | theirs.keys() if not _equal(ours.get(key), theirs.get(key))]
+    name = f"checkpoint-{steps}/optimizer.pt"
+    moments = [torch.load(path / name, weights_only=True)["state"] for path in (one, other)]
+    for parameter, state in moments[0].items():
+        other_state = moments[1].get(parameter, {})
+        found += [f"{name}: {key} of {parameter}" for key in state if not _equal(state[key], other_state.get(key))]
     logs = [
         json.loads((path / f"checkpoint-{steps}/trainer_state.json").read_text())["log_history"]
         for path in (one, other)
@@ -233,6 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
     alone, killed, log = folder / "alone", folder / "killed", folder / "killed.log"
     print(f"{parsed.trainer}, {parsed.processes} process(es), {steps} steps", flush=True)
+    launched = time.monotonic()
     run = start(command(alone), folder / "alone.log")
     wait_for_step(run, alone, 0)
     began = time.monotonic()
@@ -245,16 +258,23 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     moments = random.Random(parsed.seed)
     kills = []
     for number in range(1, parsed.kills + 1):
-        kills.append(interrupt(command(killed), killed, log, moments.uniform(0, 3 * step_time), number))
-        writing = f", while writing that of step {kills[-1].unfinished[-1]}" if kills[-1].unfinished else ""
-        print(f"kill {number:3d}: last finished checkpoint at step {kills[-1].step}{writing}", flush=True)
+        stepping = number % 3 != 1
+        delay = moments.uniform(0, 3 * step_time if stepping else began - launched + 3 * step_time)
+        kills.append(interrupt(command(killed), killed, log, number, delay, stepping=stepping))
+        kill = kills[-1]
+        writing = f", while writing that of step {kill.unfinished[-1]}" if kill.unfinished else ""
+        print(f"kill {number:3d} after {kill.seconds:4.1f} s: last checkpoint at step {kill.step}{writing}", flush=True)
     finish(command(killed), log)
     found = differences(alone, killed, steps)
     writing = sum(bool(kill.unfinished) for kill in kills)
+    early = sum(kill.progress == 0 and not kill.unfinished for kill in kills)
     verdict = (
         "the same, bit for bit" if not found else f"DIFFERENT in {len(found)} places, such as {', '.join(found[:5])}"
     )
-    print(f"{len(kills)} kills, {writing} of them while a checkpoint was written. Weights, state and logs: {verdict}")
+    print(
+        f"{len(kills)} kills, {early} of them before anything new was saved, {writing} while a checkpoint was written. "
+        f"Weights, optimizer, state and logs: {verdict}"
+    )
     results = {"settings": {**vars(parsed), "output": str(parsed.output)}, "steps": steps, "different": found}
     results |= {"kills": [asdict(kill) for kill in kills], "seconds_per_step": step_time, "torch": torch.__version__}
     (folder / "results.json").write_text(json.dumps(results, indent=1))

@@ -14,6 +14,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from trl_custom_losses import LossConfigError
@@ -43,7 +45,10 @@ def merge(
     Raises:
         LossConfigError: There is no adapter, it cannot be merged, or `output` holds something already.
     """
-    config = find_adapter(adapter, revision)
+    try:
+        config = find_adapter(adapter, revision)
+    except OSError as error:
+        raise LossConfigError(f"there is no folder '{adapter}', and the hub has none of that name: {error}") from error
     if config is None:
         raise LossConfigError(f"'{adapter}' holds no adapter: there is no adapter_config.json")
     if config.is_prompt_learning:
@@ -62,7 +67,9 @@ def merge(
         tokenizer = AutoTokenizer.from_pretrained(
             config.base_model_name_or_path, revision=config.revision, trust_remote_code=trust_remote_code
         )
-    model = load_adapter(base, adapter, revision=revision, tokenizer=tokenizer).merge_and_unload(safe_merge=True)
+    adapted = load_adapter(base, adapter, revision=revision, tokenizer=tokenizer)
+    separate_adapted_embeddings(base)
+    model = adapted.merge_and_unload(safe_merge=True)
     print(
         f"Merged into {config.base_model_name_or_path}, loaded without quantisation ({model.dtype}). An adapter that "
         "was trained on 4 or 8 bits was fitted to rounded weights, so its merged model differs by that rounding."
@@ -75,6 +82,26 @@ def merge(
         tokenizer.push_to_hub(push_to_hub)
         print(f"Pushed to {push_to_hub}")
     return model
+
+
+def separate_adapted_embeddings(base: PreTrainedModel) -> None:
+    """Give the head weights of its own where an adapter changes the input embeddings that it shares with them.
+
+    Such an adapter changes what goes in and leaves what comes out; merged into shared weights it would change both.
+
+    Args:
+        base: With the adapter on it.
+    """
+    head = base.get_output_embeddings()
+    if not isinstance(base.get_input_embeddings(), BaseTunerLayer) or head is None:
+        return
+    if head.weight is not base.get_input_embeddings().get_base_layer().weight:
+        return
+    head.weight = nn.Parameter(head.weight.detach().clone())
+    base.config.tie_word_embeddings = False
+    base.config.get_text_config().tie_word_embeddings = False
+    base.all_tied_weights_keys = {}
+    print("The adapter changes the input embeddings alone: the merged model has a head of its own.")
 
 
 def main(arguments: Sequence[str] | None = None) -> PreTrainedModel:

@@ -16,7 +16,14 @@ _FORBIDDEN_CALLS = {
     "os.popen": "a shell",
     "subprocess.getoutput": "a shell",
     "subprocess.getstatusoutput": "a shell",
+    "builtins.eval": "eval",
+    "builtins.exec": "exec",
+    "builtins.compile": "compile",
+    "asyncio.create_subprocess_shell": "a shell",
     "torch.save": "pickle",
+    "torch.serialization.load": "torch.load",
+    "pkgutil.resolve_name": "import of a name",
+    "importlib.util.spec_from_file_location": "import of a name",
     "pandas.read_pickle": "pickle",
     "runpy.run_path": "runpy",
     "runpy.run_module": "runpy",
@@ -68,9 +75,11 @@ class _Reader:
                         yield node, "trust_remote_code"
             elif isinstance(node, (ast.Assign, ast.AnnAssign)):
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                names = {getattr(target, "attr", getattr(target, "id", None)) for target in targets}
+                names = {self._assigned(target) for target in targets}
                 if "trust_remote_code" in names and _is(node.value, True):
                     yield node, "trust_remote_code"
+                if self.dotted(node.value) == "torch.load":  # under a name that would not be recognised
+                    yield node, "torch.load"
             elif isinstance(node, ast.arguments):
                 positional = [*node.posonlyargs, *node.args]
                 defaults = [*zip(positional[::-1], node.defaults[::-1], strict=False)]
@@ -100,7 +109,17 @@ class _Reader:
                 yield node, "unsafe yaml"
         if name == "torch.load" and not _is(options.get("weights_only"), True):
             yield node, "torch.load"
+        if name == "getattr" and len(node.args) > 1:
+            named = f"{self.dotted(node.args[0])}.{self._text(node.args[1])}"
+            if named == "torch.load" or named.startswith("builtins."):
+                yield node, "a name in a string"
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "to_pickle":
+            yield node, "pickle"
         if _is(options.get("trust_remote_code"), True):
+            yield node, "trust_remote_code"
+        if [self._text(argument) for argument in node.args[:1]] == ["trust_remote_code"] and any(
+            _is(argument, True) for argument in node.args[1:2]
+        ):  # setdefault and the like
             yield node, "trust_remote_code"
         words = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
         if "--trust_remote_code" in words and (
@@ -114,6 +133,13 @@ class _Reader:
             yield node, "pickle"
         if name.endswith("import_module") and node.args and not self._within_this_package(node.args[0]):
             yield node, "import of a name"
+
+    @classmethod
+    def _assigned(cls, target: ast.expr) -> object:
+        """The last name, or the constant key, that is assigned to."""
+        if isinstance(target, ast.Subscript):
+            return cls._text(target.slice)
+        return getattr(target, "attr", getattr(target, "id", None))
 
     @staticmethod
     def _text(node: ast.expr | None) -> object:

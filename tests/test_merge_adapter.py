@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, PromptTuningConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from trl_custom_losses import LossConfigError
 
@@ -48,6 +48,28 @@ def test_the_merged_model_computes_what_the_adapter_does(
     expected = logits(from_folder(dense_model, adapter))
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
     assert (logits(tiny.load_model(dense_model)) - expected).abs().max() > 0.1, "the adapter does nothing"
+
+
+@pytest.fixture(scope="module")
+def tied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose head shares the weights of its input embeddings."""
+    folder = tiny.save_model(tmp_path_factory.mktemp("tied") / "model")
+    config = AutoConfig.from_pretrained(folder, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["embed_tokens", "q_proj"]])
+def test_tied_weights_merge_too(targets: Any, script: ModuleType, tied_model: Path, tmp_path: Path) -> None:
+    adapter = save_adapter(tmp_path / "adapter", tied_model, lora(target_modules=targets))
+    script.main(["--adapter", str(adapter), "--output", str(tmp_path / "merged")])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    tied = merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
+    assert tied == (targets == "all-linear")
+    expected = logits(from_folder(tied_model, adapter))
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+    assert (logits(tiny.load_model(tied_model)) - expected).abs().max() > 0.1, "the adapter does nothing"
 
 
 def test_tokenizer_and_chat_template_are_the_adapters_or_else_the_bases(

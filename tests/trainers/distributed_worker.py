@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from peft import LoraConfig
 from transformers import set_seed
 from trl import DPOTrainer, GRPOTrainer
@@ -218,6 +219,9 @@ def main(cases: dict[str, dict[str, Any]] = CASES) -> None:
     results = {name: run(case, model_path, output, world) for name, case in cases.items()}
     torch.save({name: result["state"] for name, result in results.items()}, output / f"state{rank}.pt")
     if rank == "0":
+        state = AcceleratorState()
+        stage = state.deepspeed_plugin.zero_stage if state.distributed_type == "DEEPSPEED" else None
+        (output / "launched.json").write_text(json.dumps([state.distributed_type.value, stage, state.num_processes]))
         (output / "logs.json").write_text(json.dumps({name: result["logs"] for name, result in results.items()}))
         torch.save({name: result["weights"] for name, result in results.items()}, output / "weights.pt")
 

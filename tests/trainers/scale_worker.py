@@ -14,12 +14,17 @@ LOSSES: dict[str, dict[str, Any]] = {
     "adaptive_dpo": {"family": "dpo", "loss": {"type": "adaptive_dpo", "strategy": "margin", "beta": 0.5}},
     "multi_objective_dpo": {
         "family": "dpo",
+        "loss": {"type": "multi_objective_dpo", "auxiliary_losses": {"perplexity": {}}},
+    },
+    "multi_objective_dpo_hidden": {
+        "family": "dpo",
         "loss": {
             "type": "multi_objective_dpo",
             "auxiliary_losses": {"perplexity": {}, "consistency": {"threshold": -1.0}},
         },
     },
-    "composed": {"family": "dpo", "loss": {"type": "composed", "components": COMPONENTS, "balancing": "upgrad"}},
+    # `upgrad` would leave the weights alone here, where the components do not conflict.
+    "composed": {"family": "dpo", "loss": {"type": "composed", "components": COMPONENTS, "balancing": "mgda"}},
     "grpo": {"family": "grpo", "loss": "grpo", "config": {"beta": 0.1}},
     "dynamic_grpo": {"family": "grpo", "loss": {"type": "dynamic_grpo", **HIDDEN}},
     "composed_dpo_grpo": {
@@ -28,7 +33,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     },
 }
 # `consistency` compares the pairs of a micro-batch with one another, so accumulation changes it by definition.
-COUPLED = ("multi_objective_dpo",)
+COUPLED = ("multi_objective_dpo_hidden",)
 MODES = ("full", "lora")
 
 CASES: dict[str, dict[str, Any]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -68,31 +69,85 @@ def assert_equal_ends(one: CustomDPOTrainer, other: CustomDPOTrainer) -> None:
 
 @pytest.mark.parametrize("method", ["_save_optimizer_and_scheduler", "_save_scaler", "_save_rng_state"])
 @pytest.mark.parametrize("wanted", ["latest", True])
-def test_a_checkpoint_that_was_being_written_is_passed_over(dense_model, run_arguments, monkeypatch, method, wanted):
+def test_a_checkpoint_that_was_being_written_is_nowhere(dense_model, run_arguments, monkeypatch, method, wanted):
     whole = trainer(dense_model, {**run_arguments, "output_dir": run_arguments["output_dir"] + "-whole"})
     whole.train()
     broken = trainer(dense_model, run_arguments)
     killed_while_saving(broken, monkeypatch, 3, method)
-    assert get_last_checkpoint(run_arguments["output_dir"]).endswith("checkpoint-3")  # what a stock trainer would read
+    left = checkpoints.staging(folder(broken, 3))
+    assert (left / "model.safetensors").exists() and not folder(broken, 3).exists()
+    assert get_last_checkpoint(run_arguments["output_dir"]).endswith("checkpoint-2")  # also for other programs
     assert find_checkpoint(wanted, run_arguments["output_dir"]) == str(folder(broken, 2))
-    with pytest.raises(CheckpointError, match=r"checkpoint-3 cannot be resumed from: it was not written to its end"):
-        trainer(dense_model, run_arguments).train(resume_from_checkpoint=str(folder(broken, 3)))
-    (folder(broken, 3) / "left_over.bin").touch()
+    (left / "left_over.bin").touch()
     resumed = trainer(dense_model, run_arguments)
     resumed.train(resume_from_checkpoint=wanted)
     assert_equal_ends(resumed, whole)
-    assert not (folder(resumed, 3) / "left_over.bin").exists()
-    assert checkpoints.is_finished(folder(resumed, 3)) and checkpoints.damage(folder(resumed, 3)) is None
+    assert checkpoints.damage(folder(resumed, 3)) is None
+    assert not (folder(resumed, 3) / "left_over.bin").exists() and not left.parent.exists()
 
 
-def test_a_finished_checkpoint_lists_every_file_and_leaves_no_mark(dense_model, run_arguments):
+def test_a_finished_checkpoint_lists_every_file(dense_model, run_arguments):
     run = trainer(dense_model, run_arguments)
     run.train()
     path = folder(run, 4)
     listed = json.loads((path / MANIFEST).read_text())["files"]
     assert listed == {file.name: file.stat().st_size for file in path.iterdir() if file.name != MANIFEST}
     assert {"model.safetensors", "optimizer.pt", "loss_function.safetensors", "trainer_state.json"} <= listed.keys()
-    assert not list(path.parent.glob(".*"))
+    assert sorted(found.name for found in path.parent.iterdir() if found.is_dir()) == [
+        f"checkpoint-{step}" for step in range(1, 5)
+    ]
+
+
+def killed_at_rename(number: int, monkeypatch: pytest.MonkeyPatch, save: Callable[[], None]) -> None:
+    """Let a checkpoint be saved until a folder is about to be renamed for the `number`-th time."""
+    rename, seen = Path.rename, []
+
+    def until(self, target):
+        seen.append(self)
+        if len(seen) == number:
+            raise Killed
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", until)
+        with pytest.raises(Killed):
+            save()
+
+
+@pytest.mark.parametrize("number, event", [(1, "before the old one moves"), (2, "between the two")])
+def test_the_only_checkpoint_outlives_being_saved_again(dense_model, run_arguments, monkeypatch, number, event):
+    """A checkpoint of the step just saved, as one that is asked for by a signal."""
+    run = trainer(dense_model, run_arguments, save_total_limit=1, max_steps=2)
+    run.train()
+    killed_at_rename(number, monkeypatch, lambda: run._save_checkpoint(run.model, None))
+    again = trainer(dense_model, run_arguments, save_total_limit=1, max_steps=3)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+    assert [path.name for path in Path(run_arguments["output_dir"]).glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_a_complete_checkpoint_that_was_not_moved_yet_is_recovered(dense_model, run_arguments, monkeypatch):
+    run = trainer(dense_model, run_arguments, max_steps=2)
+    run.train()
+    run.state.global_step = 3
+    killed_at_rename(1, monkeypatch, lambda: run._save_checkpoint(run.model, None))
+    assert not folder(run, 3).exists()
+    agree_on_checkpoint(None, run_arguments["output_dir"], run.accelerator)
+    assert checkpoints.damage(folder(run, 3)) is None and (folder(run, 3) / MANIFEST).exists()
+
+
+def test_what_is_pushed_is_in_its_place(dense_model, run_arguments, monkeypatch):
+    run = trainer(dense_model, run_arguments, max_steps=2)
+    run.args.push_to_hub, pushed = True, []
+
+    def push(self, path: str) -> None:
+        pushed.append((path, sorted(found.name for found in Path(path).iterdir())))
+
+    monkeypatch.setattr("transformers.Trainer._push_from_checkpoint", push)
+    monkeypatch.setattr("transformers.Trainer._finish_current_push", lambda self: None)
+    run.train()
+    assert [path for path, _ in pushed] == [str(folder(run, step)) for step in (1, 2)]
+    assert all(MANIFEST in files for _, files in pushed)
 
 
 @pytest.mark.parametrize(
@@ -122,9 +177,10 @@ def test_a_missing_file_and_a_damaged_list_are_named(dense_model, run_arguments)
     (folder(run, 4) / "optimizer.pt").unlink()
     with pytest.raises(CheckpointError, match=r"optimizer\.pt is missing"):
         find_checkpoint("latest", run.args.output_dir)
-    (folder(run, 3) / MANIFEST).write_text('{"files": {"opt')
-    with pytest.raises(CheckpointError, match=rf"{MANIFEST} cannot be read"):
-        find_checkpoint(str(folder(run, 3)), run.args.output_dir)
+    for content in (b'{"files": {"opt', b"\xff\xfe\xfd", b'{"files": [1]}', b"[]", b"{}"):
+        (folder(run, 3) / MANIFEST).write_bytes(content)
+        with pytest.raises(CheckpointError, match=rf"{MANIFEST} cannot be read"):
+            find_checkpoint(folder(run, 3), run.args.output_dir)
     assert find_checkpoint("latest_intact", run.args.output_dir) == str(folder(run, 2))
 
 
@@ -153,13 +209,36 @@ def test_without_a_checkpoint_latest_starts_anew_and_the_others_say_so(dense_mod
     run = trainer(dense_model, run_arguments, max_steps=1)
     run.train(resume_from_checkpoint="latest")
     assert run.state.global_step == 1
-    with pytest.raises(CheckpointError, match="no finished checkpoint in"):
+    with pytest.raises(CheckpointError, match="there is no checkpoint in"):
         find_checkpoint(True, str(tmp_path / "empty"))
     with pytest.raises(CheckpointError, match=r"there is no checkpoint .*checkpoint-9 to resume from"):
         find_checkpoint("checkpoint-9", str(tmp_path))
     assert find_checkpoint(None, "x") is find_checkpoint(False, "x") is find_checkpoint("false", "x") is None
-    with pytest.raises(CheckpointError, match="no finished checkpoint"):
+    with pytest.raises(CheckpointError, match="there is no checkpoint in"):
         find_checkpoint("True", str(tmp_path))  # a word of the command line
+    with pytest.raises(CheckpointError, match=r"there is no checkpoint .*checkpoint-9"):
+        find_checkpoint(tmp_path / "checkpoint-9", str(tmp_path))
+    with pytest.raises(TypeError, match="must be a path, True, 'latest' or 'latest_intact'; found 7"):
+        find_checkpoint(7, str(tmp_path))
+    (tmp_path / "checkpoint-9").mkdir()
+    with pytest.raises(CheckpointError, match=r"neither .* so it was not written to its end"):
+        find_checkpoint("latest", str(tmp_path))
+
+
+def test_a_checkpoint_without_the_optimizers_state_is_warned_of(dense_model, run_arguments, caplog):
+    run = trainer(dense_model, run_arguments, save_only_model=True, max_steps=1)
+    run.train()
+    with caplog.at_level(logging.WARNING):
+        find_checkpoint("latest", run.args.output_dir)
+    assert "holds no state of the optimizer" in caplog.text
+
+
+def test_the_state_of_a_loss_that_the_run_has_no_more_is_warned_of(dense_model, run_arguments, caplog):
+    trainer(dense_model, run_arguments).train()
+    with caplog.at_level(logging.WARNING):
+        run = trainer(dense_model, run_arguments, max_steps=5, loss_function="hinge")
+        run.train(resume_from_checkpoint=folder(run, 4))
+    assert "is not read: the loss 'hinge' has no state" in caplog.text
 
 
 def test_steps_are_ordered_as_numbers(tmp_path):
@@ -197,7 +276,10 @@ def test_the_best_checkpoint_is_kept_and_loaded(dense_model, run_arguments):
     run = trainer(dense_model, run_arguments, eval_strategy="steps", eval_steps=1, greater_is_better=True, **options)
     run.train()
     best = Path(run.state.best_model_checkpoint)
-    assert checkpoints.is_finished(best) and len(list(best.parent.glob("checkpoint-*"))) <= 2
+    assert best.name == f"checkpoint-{run.state.best_global_step}" and best.parent == Path(run.args.output_dir)
+    assert (best / MANIFEST).is_file() and checkpoints.damage(best) is None
+    last = json.loads((folder(run, 4) if folder(run, 4).exists() else best).joinpath("trainer_state.json").read_text())
+    assert last["best_model_checkpoint"] == str(best)
 
 
 def test_a_run_that_had_reached_its_end_takes_no_further_step(dense_model, run_arguments):
@@ -209,7 +291,7 @@ def test_a_run_that_had_reached_its_end_takes_no_further_step(dense_model, run_a
 
 
 def ranks(count: int = 2) -> SimpleNamespace:
-    return SimpleNamespace(num_processes=count)
+    return SimpleNamespace(num_processes=count, is_main_process=True, wait_for_everyone=lambda: None)
 
 
 def test_an_error_on_another_rank_is_an_error_here(monkeypatch, tmp_path):
@@ -220,7 +302,7 @@ def test_an_error_on_another_rank_is_an_error_here(monkeypatch, tmp_path):
 
 def test_ranks_that_see_different_checkpoints_are_told_so(monkeypatch, tmp_path):
     monkeypatch.setattr(checkpoints, "gather_object", lambda mine: [*mine, ("run/checkpoint-8", None)])
-    with pytest.raises(CheckpointError, match=r"rank 0: None, rank 1: run/checkpoint-8.*save_on_each_node"):
+    with pytest.raises(CheckpointError, match=r"rank 0: None, rank 1: run/checkpoint-8.*storage that all"):
         agree_on_checkpoint("latest", str(tmp_path), ranks())
 
 
@@ -258,6 +340,21 @@ def test_grpo_resumes_bit_for_bit_in_a_later_epoch(dense_model, run_arguments, s
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("step", [2, 4])
+def test_grpo_resumes_after_an_epoch_that_ended_in_a_short_accumulation(dense_model, run_arguments, caplog, step):
+    """Three micro-batches make a generation batch and an epoch, two an optimizer step."""
+    options = {"rows": 3, "steps_per_generation": 3, "gradient_accumulation_steps": 2, "max_steps": 6}
+    whole = grpo(dense_model, run_arguments, **options)
+    whole.train()
+    resumed = grpo(dense_model, run_arguments, **options)
+    with caplog.at_level(logging.WARNING):
+        resumed.train(resume_from_checkpoint=Path(run_arguments["output_dir"]) / f"checkpoint-{step}")
+    assert "middle of a generation batch" not in caplog.text
+    assert resumed._step == whole._step
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_grpo_resumed_within_a_generation_batch_says_so_and_keeps_prompts_in_step(dense_model, run_arguments, caplog):
     seen: list[list[str]] = []
 
@@ -274,5 +371,5 @@ def test_grpo_resumed_within_a_generation_batch_says_so_and_keeps_prompts_in_ste
     resumed.reward_funcs = [noting]
     with caplog.at_level(logging.WARNING):
         resumed.train(resume_from_checkpoint=str(Path(run_arguments["output_dir"]) / "checkpoint-1"))
-    assert "in the middle of a generation batch" in caplog.text and "every 2 steps" in caplog.text
+    assert "in the middle of a generation batch" in caplog.text and "are 2 micro-batches" in caplog.text
     assert len(expected) == 2 and seen == expected  # the first batch again, the second as before

@@ -19,13 +19,20 @@ ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "recipes" / "accelerate" / "fsdp2.yaml"
 
 
-def launch(world: int, model: Path, output: Path) -> list[tuple[dict, dict]]:
-    """Run all cases in `world` processes; returns each rank's results and weights."""
+def launch(world: int, model: Path, output: Path, *words: str) -> list[tuple[dict, dict]]:
+    """Run all cases in `world` processes; returns each rank's results and weights.
+
+    Args:
+        world: Number of processes; one is not sharded.
+        model: Folder of the model.
+        output: Folder to make and to write to.
+        *words: Further options of `accelerate launch`.
+    """
     output.mkdir()
     program = [sys.executable]
     if world > 1:
         program += ["-m", "accelerate.commands.launch", "--config_file", str(CONFIG), "--num_processes", str(world)]
-        program += ["--mixed_precision", "no", "--main_process_port", "0"]
+        program += ["--mixed_precision", "no", "--main_process_port", "0", *words]
     command = [*program, "-m", "tests.trainers.fsdp_worker", str(model), str(output)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
@@ -73,6 +80,15 @@ def test_a_loss_with_state_continues_from_a_sharded_checkpoint(runs):
     assert first["resumed"]["state"].keys() == first["whole"]["state"].keys()
     weights = [entry["pref_weight"] for entry in first["whole"]["logs"]]
     assert weights[0] != weights[1]
+
+
+def test_so_it_does_where_each_rank_saves_its_own_shards(runs, dense_model, tmp_path):
+    words = ("--fsdp_state_dict_type", "SHARDED_STATE_DICT")
+    (first, _), _ = launch(2, dense_model, tmp_path / "sharded", *words)
+    assert list((tmp_path / "sharded" / "whole" / "checkpoint-2").glob("pytorch_model_fsdp_*"))
+    for ours, theirs in zip(first["resumed"]["resumed"]["logs"], first["resumed"]["whole"]["logs"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    assert first["resumed"]["whole"]["logs"] == runs[2][0][0]["resumed"]["whole"]["logs"]
 
 
 def test_learned_weights_are_refused_under_fsdp(runs):

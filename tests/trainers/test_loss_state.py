@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from tests import tiny
-from trl_custom_losses import CustomDPOConfig, CustomDPOTrainer, LossConfigError
+from trl_custom_losses import CheckpointError, CustomDPOConfig, CustomDPOTrainer, LossConfigError
 from trl_custom_losses.losses.preference import SigmoidLoss
 from trl_custom_losses.trainers.config import build_loss
 
@@ -57,7 +57,10 @@ def test_a_checkpoint_without_the_state_is_an_error(dense_model, run_arguments):
     trainer(dense_model, run_arguments, save_strategy="steps", save_steps=2).train()
     folder = Path(run_arguments["output_dir"]) / "checkpoint-2"
     (folder / "loss_function.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"loss_function\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"loss_function\.safetensors is missing"):
+        trainer(dense_model, run_arguments).train(resume_from_checkpoint=str(folder))
+    (folder / "checkpoint_files.json").unlink()  # as another program would have left it
+    with pytest.raises(CheckpointError, match=r"has state, but the checkpoint lacks .*loss_function\.safetensors"):
         trainer(dense_model, run_arguments).train(resume_from_checkpoint=str(folder))
 
 

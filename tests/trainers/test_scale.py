@@ -22,17 +22,19 @@ REFERENCE = "single"
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, dense_model):
-    """Starts a launcher once and returns the logs and weights of all its cases."""
+    """Starts a launcher once and returns the logs and weights of all its cases, or how its processes ran."""
     folder, done = tmp_path_factory.mktemp("scale"), {}
 
-    def run(launcher: str) -> tuple[dict, dict]:
+    def run(launcher: str, what: str = "results") -> tuple[dict, dict] | list:
         if launcher not in done:
             output = folder / launcher
             output.mkdir()
             launch(launcher, "tests.trainers.scale_worker", dense_model, output, folder=output)
             logs = json.loads((output / "logs.json").read_text())
-            done[launcher] = logs, torch.load(output / "weights.pt", weights_only=True)
-        return done[launcher]
+            weights = torch.load(output / "weights.pt", weights_only=True)
+            launched = json.loads((output / "launched.json").read_text())
+            done[launcher] = {"results": (logs, weights), "launched": launched}
+        return done[launcher][what]
 
     return run
 
@@ -41,15 +43,20 @@ def steps(logs: list[dict]) -> list[dict]:
     return [entry for entry in logs if "grad_norm" in entry]
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-@pytest.mark.parametrize("case", CASES)
+def reference_of(case: str) -> str:
+    """The case in one batch that an accumulated one is compared with; itself where accumulation makes a difference."""
+    name = case.removesuffix("_accumulated")
+    return case if name.startswith(COUPLED) else name
+
+
+@pytest.mark.parametrize(
+    "launcher, case",
+    [(kind, case) for kind in LAUNCHERS for case in CASES if (kind, case) != (REFERENCE, reference_of(case))],
+)
 def test_losses_and_weights_are_those_of_one_process_and_one_batch(runs, launcher, case):
     if launcher.startswith("zero"):
         pytest.importorskip("deepspeed")
-    name, accumulated = case.removesuffix("_accumulated"), case.endswith("_accumulated")
-    reference = case if accumulated and name.startswith(COUPLED) else name
-    if (launcher, case) == (REFERENCE, reference):
-        pytest.skip("the reference itself")
+    reference = reference_of(case)
     logs, weights = runs(launcher)
     expected_logs, expected_weights = runs(REFERENCE)
     found, expected = steps(logs[case]), steps(expected_logs[reference])
@@ -68,6 +75,20 @@ def test_every_step_has_a_gradient_and_reaches_what_is_trained_alone(runs, case)
     logs, weights = runs(REFERENCE)
     assert all(entry["grad_norm"] > 1e-3 for entry in steps(logs[case]))
     assert {"lora_" in name for name in weights[case]} == {"_lora" in case}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_balancing_moves_the_weights_of_the_components(runs, mode):
+    logs, _ = runs(REFERENCE)
+    assert len({entry["pref_weight"] for entry in steps(logs[f"composed_{mode}"])}) > 2
+
+
+@pytest.mark.parametrize("launcher", ["ddp", "zero2", "zero3"])
+def test_the_launchers_are_what_they_are_called(runs, launcher):
+    if launcher.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    expected = {"ddp": ("MULTI_CPU", None), "zero2": ("DEEPSPEED", 2), "zero3": ("DEEPSPEED", 3)}[launcher]
+    assert runs(launcher, "launched") == [*expected, 2]
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -63,7 +63,8 @@ _TRAINER_PREFIXES = ("rewards/", "completions/", "sampling/", "tools/", "profili
 
 
 class LossFunctionTrainer(ResumableTrainer):
-    """Mixed into a TRL trainer, in front of it. Without a loss function it trains as TRL's, to the last bit.
+    """Mixed into a TRL trainer, in front of it. Without a loss function it trains as TRL's, to the last bit, and
+    saves and resumes as with one.
 
     Attributes:
         loss_function: The loss in use, or None for TRL's own objective.

@@ -1,8 +1,8 @@
-"""Checkpoints that count only once they are whole: listed when finished, and checked against that list when read.
+"""Checkpoints that appear whole or not at all, and are checked against a list of their files when read.
 
-While a checkpoint is written a mark stands beside its folder. Once every file is on the disk, their names and sizes are
-listed in the folder, the list is renamed into place and the mark goes. A run that is killed at any moment leaves either
-a finished checkpoint or one that is known not to be.
+A checkpoint is written into a folder apart. Once every file is on the disk, their names and sizes are listed there, and
+the folder is renamed to its place. A run that is killed at any moment leaves nothing half-written where a checkpoint is
+looked for, by this package or by any other program.
 """
 
 from __future__ import annotations
@@ -15,56 +15,88 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import CheckpointError
 from .announce import logger
 
-#: File of a finished checkpoint: the size in bytes of each other file.
+#: File of a checkpoint: the size in bytes of each other file.
 MANIFEST = "checkpoint_files.json"
+
+#: Folder of the output directory in which checkpoints are written. The hub ignores names that begin like this.
+UNFINISHED = "_unfinished"
 
 #: Values of `resume_from_checkpoint` beside a path.
 LATEST, LATEST_INTACT = "latest", "latest_intact"
 
 
 def begin(folder: Path) -> None:
-    """Mark a checkpoint as unfinished, and remove what an earlier run has left in its place."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _mark(folder).touch()
-    if folder.exists():
-        shutil.rmtree(folder)
+    """Make room for the checkpoint `folder`, removing what a killed run has left there; nothing finished is touched."""
+    staged = staging(folder)
+    if staged.exists():
+        shutil.rmtree(staged)
+    staged.parent.mkdir(parents=True, exist_ok=True)
 
 
 def finish(folder: Path) -> None:
-    """List the files of a checkpoint that all ranks have written, and take its mark away."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
+    """List the files of a checkpoint that all ranks have written, and move it to its place.
+
+    A finished checkpoint of the same step is replaced.
+    """
+    staged = staging(folder)
+    files = [path for path in sorted(staged.rglob("*")) if path.is_file() and path.name != MANIFEST]
     for path in files:
         _to_disk(path)
-    written = folder / f".{MANIFEST}"
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    sizes = {path.relative_to(staged).as_posix(): path.stat().st_size for path in files}
+    written = staged / f".{MANIFEST}"
     written.write_text(json.dumps({"files": sizes}, indent=1))
     _to_disk(written)
-    written.replace(folder / MANIFEST)
-    _mark(folder).unlink(missing_ok=True)
+    written.replace(staged / MANIFEST)
+    for path in (*(path for path in staged.rglob("*") if path.is_dir()), staged):
+        _to_disk(path)
+    replaced = staged.with_name(f"replaced-{folder.name}")
+    if folder.exists():
+        folder.rename(replaced)
+    staged.rename(folder)  # killed before this line, `recover` does it
+    _to_disk(folder.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+    clear(folder.parent)
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether a checkpoint was written to its end; the Trainer's state is the last file that is always there."""
-    return not _mark(folder).exists() and (folder / TRAINER_STATE_NAME).is_file()
+def recover(output_dir: Path) -> None:
+    """Move a checkpoint to its place that was complete when the run was killed."""
+    for staged in (output_dir / UNFINISHED).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        place = output_dir / staged.name
+        if (staged / MANIFEST).is_file() and not place.exists():
+            staged.rename(place)
+
+
+def clear(output_dir: Path) -> None:
+    """Remove what killed runs have left unfinished."""
+    shutil.rmtree(output_dir / UNFINISHED, ignore_errors=True)
+
+
+def staging(folder: Path) -> Path:
+    """Where the checkpoint `folder` is written: on the same disk, so that a rename moves it."""
+    return folder.parent / UNFINISHED / folder.name
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a finished checkpoint's files, or None.
+    """What is wrong with a checkpoint's files, or None.
 
-    A checkpoint without a list, as TRL's own trainers write, is taken as it is.
+    One without a list, as TRL's own trainers write, is taken as it is if it has what they write last.
     """
     manifest = folder / MANIFEST
     if not manifest.is_file():
-        return None
+        whole = (folder / TRAINER_STATE_NAME).is_file()
+        return (
+            None if whole else f"it has neither {MANIFEST} nor {TRAINER_STATE_NAME}, so it was not written to its end"
+        )
     try:
-        sizes = json.loads(manifest.read_text())["files"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        sizes = dict(json.loads(manifest.read_text())["files"])
+    except (ValueError, KeyError, TypeError) as error:
         return f"{manifest} cannot be read ({error})"
     for name, size in sizes.items():
         path = folder / name
@@ -75,41 +107,52 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def find_checkpoint(wanted: str | bool | None, output_dir: str) -> str | None:
+def find_checkpoint(wanted: str | os.PathLike[str] | bool | None, output_dir: str) -> str | None:
     """The folder to resume from, or None to start anew.
 
     Args:
-        wanted: A folder; True for the newest finished checkpoint in `output_dir`; "latest" for the same, or a fresh
-            start if there is none; "latest_intact" also passes over damaged ones, with a warning.
+        wanted: A folder; True for the newest checkpoint in `output_dir`; "latest" for the same, or a fresh start if
+            there is none; "latest_intact" also passes over damaged ones, with a warning.
         output_dir: Of the run.
 
     Raises:
-        CheckpointError: The checkpoint is not finished or is damaged, or there is none where one is needed.
+        CheckpointError: The checkpoint is damaged, or there is none where one is needed.
+        TypeError: `wanted` is none of these.
     """
-    wanted = {"true": True, "false": None}.get(wanted.lower(), wanted) if isinstance(wanted, str) else wanted
+    if isinstance(wanted, os.PathLike):
+        wanted = os.fspath(wanted)
+    if isinstance(wanted, str):
+        wanted = {"true": True, "false": None}.get(wanted.lower(), wanted)
     if wanted is None or wanted is False:
         return None
-    if isinstance(wanted, str) and wanted not in (LATEST, LATEST_INTACT):
+    if wanted is not True and not isinstance(wanted, str):
+        raise TypeError(
+            f"`resume_from_checkpoint` must be a path, True, {LATEST!r} or {LATEST_INTACT!r}; found {wanted!r}"
+        )
+    if wanted not in (True, LATEST, LATEST_INTACT):
         return str(_checked(Path(wanted)))
     for folder in _newest_first(Path(output_dir)):
-        if not is_finished(folder):
-            logger.warning("%s was not written to its end; passed over", folder)
-        elif wanted == LATEST_INTACT and (reason := damage(folder)) is not None:
+        if wanted == LATEST_INTACT and (reason := damage(folder)) is not None:
             logger.warning("%s is damaged (%s); passed over", folder, reason)
         else:
             return str(_checked(folder))
     if wanted is True:
-        raise CheckpointError(f"there is no finished checkpoint in {output_dir} to resume from")
+        raise CheckpointError(f"there is no checkpoint in {output_dir} to resume from")
     logger.info("No checkpoint in %s; training starts anew", output_dir)
     return None
 
 
-def agree_on_checkpoint(wanted: str | bool | None, output_dir: str, accelerator: Accelerator) -> str | None:
+def agree_on_checkpoint(
+    wanted: str | os.PathLike[str] | bool | None, output_dir: str, accelerator: Accelerator
+) -> str | None:
     """`find_checkpoint` on every rank; an error on one rank is an error on all, so that none waits for another.
 
     Raises:
         CheckpointError: As there, or the ranks see different checkpoints.
     """
+    if accelerator.is_main_process:
+        recover(Path(output_dir))
+    accelerator.wait_for_everyone()
     found, problem = None, None
     try:
         found = find_checkpoint(wanted, output_dir)
@@ -123,7 +166,7 @@ def agree_on_checkpoint(wanted: str | bool | None, output_dir: str, accelerator:
         listed = ", ".join(f"rank {rank}: {folder}" for rank, (folder, _) in enumerate(outcomes))
         raise CheckpointError(
             f"the ranks found different checkpoints to resume from ({listed}); keep `output_dir` on storage that all "
-            "nodes share, or set `save_on_each_node=True`"
+            "machines share"
         )
     return found
 
@@ -132,11 +175,18 @@ def _checked(folder: Path) -> Path:
     """The folder, if its files are whole."""
     if not folder.is_dir():
         raise CheckpointError(f"there is no checkpoint {folder} to resume from")
-    reason = damage(folder) if is_finished(folder) else "it was not written to its end"
+    reason = damage(folder)
     if reason is not None:
         raise CheckpointError(
             f"the checkpoint {folder} cannot be resumed from: {reason}. Name another one, or set "
             f"`resume_from_checkpoint: {LATEST_INTACT}` for the newest whole one in the output directory"
+        )
+    states = (OPTIMIZER_NAME, "latest", "optimizer*", "pytorch_model_fsdp*", "global_step*")
+    if not any(next(folder.glob(pattern), None) for pattern in states):
+        logger.warning(
+            "%s holds no state of the optimizer (`save_only_model`), which starts anew: training does not continue as "
+            "if nothing had happened",
+            folder,
         )
     return folder
 
@@ -151,12 +201,10 @@ def _newest_first(output_dir: Path) -> list[Path]:
     return sorted(steps, key=steps.__getitem__, reverse=True)
 
 
-def _mark(folder: Path) -> Path:
-    """Beside the folder, so that what is uploaded or copied from it does not carry the mark."""
-    return folder.parent / f".{folder.name}.unfinished"
-
-
 def _to_disk(path: Path) -> None:
-    """Wait until a file is on the disk, so that a crash of the machine cannot undo it."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """Wait until a file, or the names in a folder, are on the disk, so that a crash of the machine cannot undo them."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

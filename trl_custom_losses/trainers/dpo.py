@@ -17,7 +17,7 @@ from .base import LossFunctionTrainer
 from .columns import COLUMN_PREFIX, ColumnCollator
 from .config import CustomDPOConfig
 from .forward import PolicyForward, RecordingModel, keep_differentiable
-from .reference_adapter import reference_adapter
+from .reference_adapter import check_saving, reference_adapter
 
 
 class CustomDPOTrainer(LossFunctionTrainer, DPOTrainer):
@@ -42,6 +42,7 @@ class CustomDPOTrainer(LossFunctionTrainer, DPOTrainer):
         with reference_adapter(arguments["model"]):
             super().__init__(**arguments)
         keep_differentiable(self.model)
+        check_saving(self.model, self.args)
         self._set_up_loss()
         # Counts of the optimizer step under way, and how many of its micro-batches are still to come.
         self._window: Denominators | None = None

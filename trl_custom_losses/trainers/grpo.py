@@ -18,7 +18,7 @@ from ..types import Denominators, ModelOutputs, PolicyBatch
 from .base import LossFunctionTrainer
 from .config import CustomGRPOConfig
 from .forward import PolicyForward, keep_differentiable
-from .reference_adapter import reference_adapter
+from .reference_adapter import check_saving, reference_adapter
 from .rollout import FORWARD_OPTIONS, GROUPS, PREPARED_PREFIX, REWARDS, extend_rollout, keep_in_step
 
 _TRL_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
@@ -61,6 +61,7 @@ class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
         self.beta, self.loss_type = self.args.beta, self.args.loss_type
         self.importance_sampling_level = self.args.importance_sampling_level
         keep_differentiable(self.model)
+        check_saving(self.model, self.args)
         self._set_up_loss()
 
     @contextmanager
@@ -95,10 +96,11 @@ class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
         self._train_sampler = super()._get_train_sampler(*args, **kwargs)
         return self._train_sampler
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            keep_in_step(self, checkpoint)
+    def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
+        if kwargs["resume_from_checkpoint"] is not None and epoch == kwargs["epochs_trained"]:
+            skipped = 0 if self.args.ignore_data_skip else kwargs["steps_trained_in_current_epoch"]
+            keep_in_step(self, kwargs["steps_in_epoch"], epoch, skipped)
+        super()._run_epoch(epoch=epoch, **kwargs)
 
     def _abandon_step(self) -> None:
         # Completions of the abandoned step were sampled by older weights and must not be taken for on-policy ones.

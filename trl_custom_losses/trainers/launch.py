@@ -70,7 +70,7 @@ def parse(
     """
     # Losses and rewards named by import path may lie beside the caller.
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())  # last, so that no file there takes the place of a library
     types = (script_type, config_type, ModelConfig, DatasetMixtureConfig)
     parser = TrlParser(types, prog=prog)
     try:
@@ -108,7 +108,7 @@ def load_reward(name: str) -> Callable[..., list[float | None]]:
     """A reward function by TRL's name or by import path, `package.module.function` or `package.module:function`.
 
     Raises:
-        LossConfigError: There is no such function.
+        LossConfigError: There is no such function, or what has that name cannot be called.
     """
     if name in _REWARDS:
         return _REWARDS[name]()
@@ -119,9 +119,12 @@ def load_reward(name: str) -> Callable[..., list[float | None]]:
             "import path 'package.module:function'"
         )
     try:
-        return getattr(importlib.import_module(module_name), attribute)
+        reward = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise LossConfigError(f"could not load the reward '{name}': {error}") from error
+    if not callable(reward):
+        raise LossConfigError(f"the reward '{name}' must be a function, not of type {type(reward).__name__}")
+    return reward
 
 
 def load_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> DatasetDict | IterableDatasetDict:

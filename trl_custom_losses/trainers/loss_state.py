@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..base import Loss
 from ..errors import CheckpointError, LossConfigError
+from .announce import logger
 
 #: File of a checkpoint that holds the loss's state.
 STATE_FILE = "loss_function.safetensors"
@@ -33,6 +34,7 @@ def write_state(loss: Loss, folder: Path) -> None:
     state = loss.state_dict()
     if not state:
         return
+    folder.mkdir(parents=True, exist_ok=True)  # with sharded weights the Trainer makes it later
     written = folder / f".{STATE_FILE}"
     # Clones, since tensors that share memory cannot be written.
     save_file({name: value.detach().cpu().clone().contiguous() for name, value in state.items()}, written)
@@ -43,14 +45,15 @@ def read_state(loss: Loss, folder: Path) -> None:
     """Read what `write_state` wrote.
 
     Raises:
-        FileNotFoundError: The loss has state and the folder has none.
-        CheckpointError: The file is truncated, or holds the state of another loss.
+        CheckpointError: The loss has state and the folder has none, its file is truncated, or it is another loss's.
     """
-    if not loss.state_dict():
-        return
     file = folder / STATE_FILE
+    if not loss.state_dict():
+        if file.exists():
+            logger.warning("%s is not read: the loss '%s' has no state", file, loss.name)
+        return
     if not file.exists():
-        raise FileNotFoundError(f"the loss '{loss.name}' has state, but the checkpoint lacks {file}")
+        raise CheckpointError(f"the loss '{loss.name}' has state, but the checkpoint lacks {file}")
     try:
         state = load_file(file)  # to the host; copied from there to wherever the loss is
     except SafetensorError as error:

@@ -66,6 +66,31 @@ def reference_adapter(model: Any) -> Iterator[None]:
             model.__dict__.pop(name, None)
 
 
+def check_saving(model: nn.Module, config: Any) -> None:
+    """Refuse what ZeRO-3 could not save: whole modules beside an adapter, of which there is a reference, too.
+
+    The weights that DeepSpeed gathers leave out the frozen copy, which the Trainer then misses.
+
+    Args:
+        model: Of the trainer, constructed.
+        config: The trainer's.
+
+    Raises:
+        LossConfigError: The model is such a one.
+    """
+    plugin = config.deepspeed_plugin
+    if plugin is None or plugin.zero_stage != 3 or not isinstance(model, PeftModel):
+        return
+    reference = model.peft_config.get(REFERENCE)
+    modules = getattr(reference, "modules_to_save", None)
+    if modules:
+        raise LossConfigError(
+            f"an adapter that was trained before and holds whole modules ({', '.join(modules)}) cannot be saved under "
+            "ZeRO-3 with its reference beside it; train it on one process, with DDP or with ZeRO-2, or merge it first "
+            "(scripts/merge_adapter.py)"
+        )
+
+
 def _freeze(model: PeftModel) -> None:
     for name, parameter in model.named_parameters():
         if REFERENCE in name.split("."):

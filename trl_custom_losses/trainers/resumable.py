@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from .checkpoints import agree_on_checkpoint, begin, finish
+from .checkpoints import UNFINISHED, agree_on_checkpoint, begin, finish, staging
 
 
 class ResumableTrainer:
-    """Mixed into a TRL trainer, in front of it: checkpoints are whole or are not taken for checkpoints.
+    """Mixed into a TRL trainer, in front of it: checkpoints appear whole or not at all.
 
-    Older checkpoints are deleted once the new one is finished, and not before.
+    Older ones are deleted, and the new one is pushed, once it is in its place and not before.
     """
 
     _writing_checkpoint = False
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """TRL's; the checkpoint is checked before anything is read from it.
 
         Args:
-            resume_from_checkpoint: A folder; True for the newest finished checkpoint of the output directory; "latest"
-                for the same, or a fresh start if there is none, so that one command both starts and resumes a run;
+            resume_from_checkpoint: A folder; True for the newest checkpoint of the output directory; "latest" for the
+                same, or a fresh start if there is none, so that one command both starts and resumes a run;
                 "latest_intact" also passes over damaged checkpoints, with a warning.
             *args, **kwargs: As for TRL's.
 
         Raises:
-            CheckpointError: The checkpoint is not finished, damaged or missing, or ranks see different ones.
+            CheckpointError: The checkpoint is damaged or missing, or ranks see different ones.
         """
         found = agree_on_checkpoint(resume_from_checkpoint, self.args.output_dir, self.accelerator)
         return super().train(found, *args, **kwargs)
@@ -40,15 +44,17 @@ class ResumableTrainer:
             return
         super()._run_epoch(*args, **kwargs)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
-        if self._writing_checkpoint:  # after the arguments were saved, which state the limit
-            self.args.save_total_limit = None
+    def _get_output_dir(self, trial: Any) -> str:
+        place = super()._get_output_dir(trial)
+        return os.path.join(place, UNFINISHED) if self._writing_checkpoint else place
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._writing_checkpoint:  # else later, from where the checkpoint will be
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        run = Path(self._get_output_dir(trial=trial))
+        run = Path(self._get_output_dir(trial))
         folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        limit = self.args.save_total_limit
         if self.args.should_save:
             begin(folder)
         self.accelerator.wait_for_everyone()  # no rank writes into a folder that is being cleared
@@ -57,13 +63,19 @@ class ResumableTrainer:
             super()._save_checkpoint(model, trial)
         finally:
             self._writing_checkpoint = False
-            self.args.save_total_limit = limit
+        if self.state.best_global_step == self.state.global_step:  # the Trainer took the folder it wrote into for it
+            self.state.best_model_checkpoint = str(folder)
+            if self.args.should_save:
+                self.state.save_to_json(str(staging(folder) / TRAINER_STATE_NAME))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             finish(folder)
             rotate_checkpoints(
                 output_dir=str(run),
-                save_total_limit=limit,
+                save_total_limit=self.args.save_total_limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+        self.accelerator.wait_for_everyone()  # no rank looks for the checkpoint before it is there
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))

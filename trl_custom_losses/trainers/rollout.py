@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 from typing import Any
 
 import torch
@@ -197,7 +196,7 @@ def _replace_advantages(trainer: Any, output: dict[str, Any], advantages: Tensor
     table.extend(shown)
 
 
-def keep_in_step(trainer: Any, checkpoint: str) -> None:
+def keep_in_step(trainer: Any, steps_in_epoch: int, epochs_trained: int, steps_trained: int) -> None:
     """Have a resumed training draw the prompts, and generate at the boundaries, of one that was never stopped.
 
     TRL's sampler draws each epoch's order from where the last one left its generator, and starts from the seed when
@@ -205,20 +204,22 @@ def keep_in_step(trainer: Any, checkpoint: str) -> None:
     from inside a generation batch it would go on with completions of other prompts.
 
     Args:
-        trainer: A `CustomGRPOTrainer` whose state is that of the checkpoint.
-        checkpoint: Named in the warning.
+        trainer: A `CustomGRPOTrainer` about to run the first epoch after it was resumed.
+        steps_in_epoch: Micro-batches of an epoch.
+        epochs_trained: Whole epochs before this one.
+        steps_trained: Micro-batches of this epoch that are skipped.
     """
     sampler = trainer._train_sampler
     if getattr(sampler, "shuffle", False):
-        for _ in range(math.floor(trainer.state.epoch + 1e-6)):  # a whole epoch may be a sum of fractions
+        for _ in range(epochs_trained):
             torch.randperm(sampler.num_samples, generator=sampler.generator)
-    accumulation = trainer.args.gradient_accumulation_steps
-    trainer._step = trainer.state.global_step * accumulation
+    trainer._step = epochs_trained * steps_in_epoch + steps_trained
     period = trainer.args.steps_per_generation * trainer.num_iterations
     if trainer._step % period:
         logger.warning(
-            "%s was saved in the middle of a generation batch, whose completions are generated anew. To resume as if "
-            "nothing had happened, save every %d steps or a multiple of that",
-            checkpoint,
-            math.lcm(period, accumulation) // accumulation,
+            "The checkpoint of step %d was saved in the middle of a generation batch, whose completions are generated "
+            "anew. To resume as if nothing had happened, save between generation batches, which are %d micro-batches "
+            "of a process each",
+            trainer.state.global_step,
+            period,
         )
