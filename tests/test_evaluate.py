@@ -17,7 +17,9 @@ from transformers import AutoTokenizer
 
 from scripts.evaluate import main
 from trl_custom_losses import CustomDPOConfig, CustomDPOTrainer, LossConfigError
-from trl_custom_losses.evaluation.prompts import Prompts, Sampling
+from trl_custom_losses.evaluation import models
+from trl_custom_losses.evaluation.pairs import Pairs
+from trl_custom_losses.evaluation.prompts import Prompts, Sampling, end_tokens, generation_config
 
 from . import tiny
 
@@ -75,6 +77,10 @@ def short_reward(completions, **kwargs):
     return [1.0]
 
 
+def zero_reward(completions, **kwargs):
+    return [0.0] * len(completions)
+
+
 async def even_reward(completions, answer, trainer_state, log_metric, **kwargs):
     """Right where the answer is even, which the completion has no part in; not scored where it is 0."""
     log_metric("seen", len(completions))
@@ -105,15 +111,15 @@ def test_the_figures_of_pairs_are_those_of_a_forward_pass_made_by_hand(folder, b
     for name in ("base", "merged"):
         figures = section(results, "pairs", name)["figures"]
         chosen, rejected = sums[name, "chosen"], sums[name, "rejected"]
-        by_length = [
-            logps / np.array([len(text.strip()) for text in rows[side]])
+        by_length = [  # a space is the unknown token here, which decodes to nothing
+            logps / np.array([len(text.replace(" ", "")) for text in rows[side]])
             for side, logps in (("chosen", chosen), ("rejected", rejected))
         ]
         assert figures["logp_chosen"] == pytest.approx(chosen.mean(), rel=1e-5)
         assert figures["logp_rejected"] == pytest.approx(rejected.mean(), rel=1e-5)
         assert figures["logp_margin"] == pytest.approx((chosen - rejected).mean(), rel=1e-4)
         assert figures["logp_accuracy"] == np.mean(chosen > rejected)
-        assert figures["acc_norm"] == np.mean(by_length[0] > by_length[1])
+        assert figures["acc_per_character"] == np.mean(by_length[0] > by_length[1])
     margins = 0.3 * (
         (sums["merged", "chosen"] - sums["base", "chosen"]) - (sums["merged", "rejected"] - sums["base", "rejected"])
     )
@@ -164,6 +170,29 @@ def test_an_adapter_and_its_merged_checkpoint_give_the_same(folder):
     assert section(alone, "pairs", "second") == section(results, "pairs", "second")
 
 
+def test_an_adapter_that_writes_into_the_base_leaves_nothing_behind(folder, tmp_path, monkeypatch):
+    """Biases and an initialisation that takes from the weights; the base is loaded again only after these."""
+    base, loads = folder / "base", []
+    load = models._load
+    monkeypatch.setattr(models, "_load", lambda name, precision: loads.append(Path(name).name) or load(name, precision))
+    alone = section(main(words(folder, "second", pairs="pairs.jsonl")), "pairs", "second")
+    for name, change in {"biases": {"bias": "all"}, "pissa": {"init_lora_weights": "pissa"}}.items():
+        model = save_adapter(base, tmp_path / name, seed=3, **change)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+        model.save_pretrained(tmp_path / name)
+        model.merge_and_unload().save_pretrained(tmp_path / "whole" / name)
+        loads.clear()
+        line = [*words(folder, pairs="pairs.jsonl"), "--trained", str(folder / "adapter"), str(tmp_path / name)]
+        results = main([*line, str(folder / "second"), str(tmp_path / "whole" / name / ".")])
+        assert loads == ["base", "base", name], loads
+        assert section(results, "pairs", "second") == alone
+        two = [value["figures"] for path, value in results["pairs"]["models"].items() if Path(path).name == name]
+        assert len(two) == 2 and two[0] == pytest.approx(two[1], rel=1e-4, abs=1e-5)
+
+
 def test_a_copy_of_the_base_differs_in_nothing(folder, tmp_path):
     shutil.copytree(folder / "base", tmp_path / "copy")
     line = words(folder, pairs="pairs.jsonl", prompts="prompts.jsonl")
@@ -203,20 +232,6 @@ def test_one_example_has_no_standard_error_and_the_file_stays_json(folder, tmp_p
     assert section(saved, "pairs", "base")["standard_errors"]["logp_accuracy"] is None
 
 
-def test_greedy_completions_are_the_likeliest_tokens(folder, tmp_path):
-    """For prompts of different lengths, which are padded."""
-    rows = [{"prompt": prompt} for prompt in ("a", "12+34=", "say abc?")]
-    results = main([*words(folder, prompts=write(tmp_path / "ragged.jsonl", rows)), "--temperature", "0"])
-    model, tokenizer = tiny.load_model(folder / "base"), AutoTokenizer.from_pretrained(folder / "base")
-    (examples,) = results["prompts"]["generations"].values()
-    for example in examples:
-        ids = tokenizer(example["prompt"], return_tensors="pt")["input_ids"]
-        start = ids.shape[1]
-        while ids.shape[1] < start + 6 and ids[0, -1] != tokenizer.eos_token_id:
-            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
-        assert example["completions"] == [tokenizer.decode(ids[0, start:], skip_special_tokens=True)]
-
-
 def test_what_rewards_say(folder):
     """Answers 0, 4, 8, 12 are even; completions for the answer 0 are not scored."""
     line = words(folder, "adapter", prompts="prompts.jsonl", reward="even_reward")
@@ -229,20 +244,6 @@ def test_what_rewards_say(folder):
     outside = main(words(folder, prompts="prompts.jsonl", reward="length_reward"))
     figures = section(outside, "prompts", "base")["figures"]
     assert figures["score"] < 0 and "accuracy" not in figures
-
-
-def test_completions_end_with_the_end_token(folder):
-    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
-    prompts = Prompts(tiny.prompt_data(4), tokenizer)
-    model, sampling = tiny.load_model(folder / "base"), Sampling(num_generations=8, max_completion_length=40)
-    generated = prompts.generate(model, sampling, tiny.count_reward)
-    end = tokenizer.eos_token_id
-    assert len(generated.ids) == 32 and any(generated.finished) and not all(generated.finished)
-    for ids, finished in zip(generated.ids, generated.finished, strict=True):
-        assert (ids.index(end) == len(ids) - 1) if finished else (end not in ids and len(ids) == 40)
-    figures = prompts.figures(generated, sampling).values
-    assert figures["truncated"] == 1 - np.mean(generated.finished)
-    assert figures["length"] == np.mean([len(ids) for ids in generated.ids])
 
 
 def test_messages_are_tokenized_by_the_template(folder, tmp_path):
@@ -267,7 +268,9 @@ def test_messages_are_tokenized_by_the_template(folder, tmp_path):
     prompts = Prompts(tiny.Dataset.from_list([chat]), tokenizer)
     assert prompts.ids == [begun]
     seen = {}
-    prompts.generate(model, Sampling(num_generations=1), lambda **given: seen.update(given) or [1.0])
+    sampling = Sampling(num_generations=1)
+    config = generation_config(end_tokens(model, tokenizer), tokenizer, sampling)
+    prompts.generate(model, config, sampling, lambda **given: seen.update(given) or [1.0])
     assert seen["prompts"] == [question] and seen["completions"][0][0]["role"] == "assistant"
 
 
@@ -278,6 +281,8 @@ def test_long_pairs_are_cut_or_left_out_and_counted(folder):
     counts = results["pairs"]
     assert counts["left_out"] == sum(length >= 12 for length in lengths) > 0
     assert counts["pairs"] == 8 - counts["left_out"] and 0 < counts["truncated"] <= counts["pairs"]
+    pairs = Pairs(tiny.preference_data(), tokenizer, 12)
+    assert pairs.characters["chosen"].tolist() == [5, 6, 5, 4, 3, 2, 1]  # the first whole, with 7 - 1 tokens left
 
 
 def with_pairs(*more: str):
@@ -309,6 +314,10 @@ MISTAKES = {
     "there is no folder": with_pairs("--trained", "{}/none"),
     "could not load a model": with_pairs("--trained", "{}"),
     "given more than once": with_pairs("--trained", "a", "a"),
+    "given more than once: .*/\\.$": with_pairs("--trained", "{0}", "{0}/."),
+    "must be a function, not of type str": lambda folder, _: words(folder, prompts="prompts.jsonl", reward="TEMPLATE"),
+    "`chat_template_kwargs` must be a JSON object, not 'x=1': Exp": with_pairs("--chat_template_kwargs", "x=1"),
+    "`chat_template_kwargs` must be a JSON object, not '3'": with_pairs("--chat_template_kwargs", "3"),
     "is an adapter; give the model": lambda folder, _: [
         *words(folder, pairs="pairs.jsonl"), "--base", str(folder / "adapter"), "--tokenizer", str(folder / "base")
     ],

@@ -6,10 +6,12 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from transformers import GenerationConfig
 from trl import DatasetMixtureConfig, ScriptArguments
 
 from ..errors import LossConfigError
@@ -18,8 +20,9 @@ from ..trainers.launch import load_data, load_reward
 from .figures import Figures, paired_differences
 from .models import Precision, first_line, load_tokenizer, models
 from .pairs import PairLogps, Pairs
-from .prompts import Generated, Prompts, Sampling
+from .prompts import Generated, Prompts, Sampling, end_tokens, generation_config
 from .report import environment, table, write_json
+from .template import read_template_options
 
 _SHOWN_PROMPTS = 5
 
@@ -47,6 +50,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--num_generations", type=int, default=4, help="completions a prompt (default: 4)")
     add("--max_completion_length", type=int, default=64, help="tokens generated at most (default: 64)")
     add("--temperature", type=float, default=1.0, help="of sampling; 0 decodes greedily (default: 1.0)")
+    add(
+        "--chat_template_kwargs",
+        default="{}",
+        help="arguments of the chat template as JSON, as in GRPO's config; a row's own column comes before them",
+    )
     add("--limit", type=int, help="use the first so many pairs and prompts")
     add("--batch_size", type=int, default=8, help="pairs or completions at once (default: 8)")
     add("--seed", type=int, default=0, help="of sampling, the same for every model (default: 0)")
@@ -64,13 +72,20 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         raise LossConfigError("nothing to evaluate on: give `--pairs`, or `--prompts` with `--reward`")
     if bool(options.prompts) != bool(options.reward):
         raise LossConfigError("`--prompts` and `--reward` go together")
-    repeated = {name for name in options.trained if options.trained.count(name) > 1 or name == options.base}
+    options.chat_template_kwargs = read_template_options(options.chat_template_kwargs)
+    places = [_place(name) for name in (options.base, *options.trained)]
+    repeated = {name for name in options.trained if places.count(_place(name)) > 1}
     if repeated:
         raise LossConfigError(f"given more than once: {', '.join(sorted(repeated))}")
     if options.temperature == 0 and options.num_generations > 1:
         logger.warning("`temperature` is 0: one completion a prompt, since all would be the same")
         options.num_generations = 1
     return options
+
+
+def _place(name: str) -> str:
+    """What tells whether two names are the same model: where a folder lies, or a hub name as it is."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -87,9 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     tokenizer = load_tokenizer(options.tokenizer or options.base)
     pairs = prompts = None
     if options.pairs:
-        pairs = Pairs(_rows(options.pairs, options), tokenizer, options.max_length)
+        pairs = Pairs(_rows(options.pairs, options), tokenizer, options.max_length, options.chat_template_kwargs)
     if options.prompts:
-        prompts = Prompts(_rows(options.prompts, options), tokenizer)
+        prompts = Prompts(_rows(options.prompts, options), tokenizer, options.chat_template_kwargs)
     sampling = Sampling(
         num_generations=options.num_generations,
         max_completion_length=options.max_completion_length,
@@ -99,12 +114,21 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     )
     logps: dict[str, PairLogps] = {}
     generated: dict[str, Generated] = {}
+    config: GenerationConfig | None = None
     for name, model in models(options.base, options.trained, precision, tokenizer):
         logger.info("Evaluating %s", name)
         if pairs is not None:
             logps[name] = pairs.logps(model, options.batch_size)
         if prompts is not None and reward is not None:
-            generated[name] = prompts.generate(model, sampling, reward)
+            ends = end_tokens(model, tokenizer)
+            config = config or generation_config(ends, tokenizer, sampling)  # the base is the first
+            if set(ends) - set(config.eos_token_id):
+                logger.warning(
+                    "'%s' has the end tokens %s, but for all models completions end with %s, those of the base and of "
+                    "the tokenizer; `--tokenizer` chooses.",
+                    *(name, ends, config.eos_token_id),
+                )
+            generated[name] = prompts.generate(model, config, sampling, reward)
         del model
     order = [options.base, *options.trained]
     results: dict[str, Any] = {
@@ -121,11 +145,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         }
         counts = {"pairs": len(pairs), "left_out": pairs.left_out, "truncated": pairs.truncated}
         results["pairs"] = counts | _section(f"Pairs ({len(pairs)})", found)
-    if prompts is not None:
+    if prompts is not None and config is not None:
         found = {name: prompts.figures(generated[name], sampling) for name in order}
         section = _section(f"Prompts ({len(prompts)}, {sampling.num_generations} completions each)", found)
         examples = {name: _examples(prompts, generated[name], sampling.num_generations) for name in order}
-        results["prompts"] = {"prompts": len(prompts)} | section | {"generations": examples}
+        settings = {
+            **config.to_diff_dict(),
+            **asdict(sampling),
+            "chat_template_kwargs": options.chat_template_kwargs,
+        }
+        results["prompts"] = {"prompts": len(prompts), "generation": settings} | section | {"generations": examples}
     if options.output:
         write_json(options.output / "results.json", results)
         print(f"Written to {options.output / 'results.json'}")

@@ -16,7 +16,8 @@ class Figures:
     Attributes:
         values: Figures by name, in the order of the table.
         errors: Standard errors of those figures that have one.
-        examples: Values by pair or prompt, for paired differences; NaN where there is none.
+        examples: Values by pair or prompt, for paired differences; NaN where there is none. Every prompt counts once in
+            a figure and in its difference, however many of its completions were scored.
     """
 
     values: dict[str, float] = field(default_factory=dict)
@@ -24,9 +25,10 @@ class Figures:
     examples: dict[str, np.ndarray] = field(default_factory=dict)
 
     def mean_of(self, name: str, examples: np.ndarray) -> None:
-        """Add the mean of one value a pair or prompt, with its standard error, and keep the values."""
-        self.values[name] = float(examples.mean())
-        self.errors[name] = standard_error(examples)
+        """Add the mean of one value a pair or prompt over those that have one, its standard error, and the values."""
+        present = examples[~np.isnan(examples)]
+        self.values[name] = float(present.mean())
+        self.errors[name] = standard_error(present)
         self.examples[name] = examples
 
 

@@ -57,9 +57,9 @@ def models(
 ) -> Iterator[tuple[str, nn.Module]]:
     """Yield the base and then each trained model, in evaluation mode, under its name.
 
-    Adapters come first, each put on the one base and taken off again; the base is let go before the first checkpoint
-    with weights of its own is loaded, and that before the next. Whoever iterates must let go of a model before asking
-    for the next one.
+    Adapters come first, each put on the one base and taken off again; where one has changed the base itself, that is
+    loaded anew for the next. The base is let go before the first checkpoint with weights of its own is loaded, and that
+    before the next. Whoever iterates must let go of a model before asking for the next one.
 
     Args:
         base: Folder or hub name of a model with full weights.
@@ -75,14 +75,21 @@ def models(
     adapters = {name: is_adapter(name) for name in trained}  # looked up before the first model is loaded
     for name in trained:
         _compare_tokenizers(name, tokenizer)
-    model = _load(base, precision)
+    model: PreTrainedModel | None = _load(base, precision)
     yield base, model
+    untouched = _sums(model) if any(adapters.values()) else {}
     for name in trained:
         if adapters[name]:
+            if model is None:
+                model = _load(base, precision)
             adapted = _with_adapter(model, name, base)
             yield name, adapted
             model = adapted.unload()
             del adapted
+            if _sums(model) != untouched:
+                logger.info("The adapter '%s' changed weights of its base, which is loaded anew where needed.", name)
+                model = None
+                _free(precision)
     del model
     for name in trained:
         if not adapters[name]:
@@ -90,6 +97,15 @@ def models(
             model = _load(name, precision)
             yield name, model
             del model
+
+
+def _sums(model: nn.Module) -> dict[str, float]:
+    """The sum of every weight and buffer: what tells whether an adapter that was taken off has left something behind.
+
+    LoRA with `bias` other than "none", with an initialisation from the weights (PiSSA, OLoRA) or with replicated layers
+    writes into the base, and PEFT's `unload` does not undo it.
+    """
+    return {name: values.sum(dtype=torch.float64).item() for name, values in model.state_dict().items()}
 
 
 def is_adapter(name: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from .. import metrics
 from ..errors import LossConfigError
 from ..trainers.pairs import pair_collator, tokenize_pairs
 from .figures import Figures
+from .template import TEMPLATE_COLUMN, template_options
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,20 @@ class Pairs:
             any of TRL's preference formats.
         tokenizer: Applies its chat template to messages; text ends with its end token.
         max_length: Tokens of prompt and completion that are kept, from the start, as in TRL; None keeps all.
+        template: Arguments of the chat template for every row; a row's own, in the column `chat_template_kwargs`, come
+            before them.
 
     Raises:
         LossConfigError: A column is missing, there is no pair, or messages meet a tokenizer without a template.
     """
 
-    def __init__(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> None:
+    def __init__(
+        self,
+        rows: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None = None,
+        template: Mapping[str, Any] | None = None,
+    ) -> None:
         missing = [name for name in ("chosen", "rejected") if name not in rows.column_names]
         if missing:
             raise LossConfigError(
@@ -49,11 +58,14 @@ class Pairs:
             )
         if not len(rows):
             raise LossConfigError("the pairs are empty; at least one is needed")
+        if template:
+            options = [template_options(row, template) for row in rows]
+            others = [name for name in rows.column_names if name != TEMPLATE_COLUMN]
+            rows = rows.select_columns(others).add_column(TEMPLATE_COLUMN, options)
         self.tokens = tokenize_pairs(rows, tokenizer, max_length)
         self.left_out = len(rows) - len(self.tokens)
-        end = tokenizer.eos_token or ""
         self.characters = {
-            side: np.array([max(len(_text(value).removesuffix(end).strip()), 1.0) for value in self.tokens[side]])
+            side: np.array([_characters(row, side, tokenizer, max_length) for row in self.tokens])
             for side in ("chosen", "rejected")
         }
         self.collate = pair_collator(tokenizer, max_length)
@@ -88,8 +100,9 @@ class Pairs:
         """Figures of a model; with the log-probabilities of its base also those of the implicit reward.
 
         - `logp_accuracy`: log p(chosen) > log p(rejected), ties one half; `logp_margin`: their mean difference, nats.
-        - `acc_norm`: the same after dividing each by the number of characters of its completion, without surrounding
-          white space and end tokens (`acc_norm` of the LM Evaluation Harness, for PIQA and others).
+        - `acc_per_character`: the same after dividing each by its number of characters, those that the tokens it sums
+          over decode to without special tokens; 1 where there is none. Near to `acc_norm` of the LM Evaluation Harness,
+          which leaves the end token, or what a chat template puts after the answer, out of the log-probability.
         - `logp_chosen`, `logp_rejected`: their means, nats a completion.
         - `reward_*`: of margins beta ((log p - log p_base)(chosen) - (log p - log p_base)(rejected)); what the metric
           `preference_accuracy` states.
@@ -97,7 +110,7 @@ class Pairs:
         figures = Figures()
         figures.mean_of("logp_accuracy", _wins(own.chosen - own.rejected))
         normalised = own.chosen / self.characters["chosen"] - own.rejected / self.characters["rejected"]
-        figures.mean_of("acc_norm", _wins(normalised))
+        figures.mean_of("acc_per_character", _wins(normalised))
         figures.mean_of("logp_margin", own.chosen - own.rejected)
         figures.mean_of("logp_chosen", own.chosen)
         figures.mean_of("logp_rejected", own.rejected)
@@ -115,14 +128,11 @@ def _wins(margins: np.ndarray) -> np.ndarray:
     return (np.sign(margins) + 1) / 2
 
 
-def _text(completion: str | list[dict[str, Any]]) -> str:
-    """The text of a completion, whether a string or messages."""
-    if isinstance(completion, str):
-        return completion
-    parts = [message.get("content") or "" for message in completion]
-    return "".join(
-        part if isinstance(part, str) else "".join(piece.get("text") or "" for piece in part) for part in parts
-    )
+def _characters(row: Mapping[str, Any], side: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> float:
+    """Characters of the completion's tokens that are kept, at least 1."""
+    kept = None if max_length is None else max_length - len(row["prompt_ids"])
+    text = tokenizer.decode(row[f"{side}_ids"][:kept], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return float(max(len(text), 1))
 
 
 def _summed_logps(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:

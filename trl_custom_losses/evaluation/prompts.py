@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,12 @@ from ..errors import LossConfigError
 from ..metrics.diversity.diversity import pairwise_diversity
 from ..metrics.statistics import clustered_error
 from .figures import Figures
+from .template import template_options
 
 Reward = Callable[..., list[float | None]]
+
+#: Columns that TRL keeps from reward functions; `completion_ids` would stand against its own argument of that name.
+_OWN_COLUMNS = ("prompt", "completion", "completion_ids")
 
 
 @dataclass(frozen=True)
@@ -66,18 +71,22 @@ class Prompts:
     Args:
         rows: Data set with the column `prompt`, text or messages.
         tokenizer: Applies its chat template to messages and begins the assistant's turn, as TRL's GRPO does.
+        template: Arguments of the chat template for every row, GRPO's `chat_template_kwargs`; a row's own, in the
+            column of that name, come before them.
 
     Raises:
         LossConfigError: There is no column `prompt`, no row, or messages meet a tokenizer without a template.
     """
 
-    def __init__(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, template: Mapping[str, Any] | None = None
+    ) -> None:
         if "prompt" not in rows.column_names:
             raise LossConfigError(f"the prompts have no column 'prompt'; they have {', '.join(rows.column_names)}")
         if not len(rows):
             raise LossConfigError("the prompts are empty; at least one is needed")
         self.rows: list[dict[str, Any]] = list(rows)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.template = tokenizer, template or {}
         self.conversational = is_conversational({"prompt": self.rows[0]["prompt"]})
         try:
             self.ids = [self._tokenize(row) for row in self.rows]
@@ -98,14 +107,23 @@ class Prompts:
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
-            **(row.get("chat_template_kwargs") or {}),
+            **template_options(row, self.template),
         )
         return encoded["input_ids"]
 
-    def generate(self, model: nn.Module, sampling: Sampling, reward: Reward) -> Generated:
-        """`sampling.num_generations` completions for each prompt under `model`, with their rewards."""
+    def generate(self, model: nn.Module, config: GenerationConfig, sampling: Sampling, reward: Reward) -> Generated:
+        """Completions for each prompt, with their rewards.
+
+        Args:
+            model: A causal language model, with an adapter or without. None of its own generation defaults is used.
+            config: What `generation_config` gives, the same for every model.
+            sampling: What `config` was made of.
+            reward: With the signature of TRL's reward functions.
+
+        Raises:
+            LossConfigError: The reward function gives another number of rewards.
+        """
         set_seed(sampling.seed)
-        config = _generation_config(model, self.tokenizer, sampling)
         ends = set(config.eos_token_id)
         texts, kept, finished = [], [], []
         for batch in self._batches(sampling):
@@ -126,9 +144,9 @@ class Prompts:
         completions: list[Any] = texts
         if self.conversational:
             completions = [[{"role": "assistant", "content": text}] for text in texts]
-        columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name not in _OWN_COLUMNS}
         # What TRL passes besides; outside of training there is nothing to log to.
-        given = {"trainer_state": TrainerState(), "log_extra": _nothing, "log_metric": _nothing} | columns
+        given = columns | {"trainer_state": TrainerState(), "log_extra": _nothing, "log_metric": _nothing}
         prompts = [row["prompt"] for row in rows]
         result = reward(prompts=prompts, completions=completions, completion_ids=ids, **given)
         scores = asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
@@ -140,8 +158,9 @@ class Prompts:
         """Figures of a model's completions.
 
         - `score`: mean reward; `accuracy`: share of reward 1; `pass@k` for k = 1, 2, 4, ... up to the number of
-          generations. The last two only where all rewards are in [0, 1]. Completions that the reward function did not
-          score are left out and counted in `unscored`; pass@k then goes up to the fewest scored ones of a prompt.
+          generations. The last two only where all rewards are in [0, 1]. All are means over prompts of what is found
+          for each one. Completions that the reward function did not score are left out and counted in `unscored`, and
+          prompts with none that it did; pass@k then goes up to the fewest scored ones of a prompt.
         - `distinct_n`, `pairwise_diversity`, `unique`: what the metric `diversity` states.
         - `length`, `length_std`, `truncated`: in tokens, with the end token; the last is the share without one.
         """
@@ -171,17 +190,16 @@ def _add_scores(figures: Figures, scores: np.ndarray) -> None:
     scored = [row[~np.isnan(row)] for row in scores if not np.isnan(row).all()]
     if not scored:
         return
+    figures.mean_of("score", _row_means(scores))
     flat = np.concatenate(scored)
-    figures.values["score"], figures.errors["score"] = float(flat.mean()), clustered_error(scored)
-    figures.examples["score"] = _row_means(scores)
     if not np.isfinite(flat).all() or flat.min() < 0 or flat.max() > 1:
         return
     fewest = min(len(row) for row in scored)
     orders = [2**power for power in range(fewest.bit_length())]
     found = metrics.load("verifiable_accuracy").compute(predictions=[row.tolist() for row in scored], k=orders)
-    for name in ["accuracy", *(f"pass@{order}" for order in orders)]:
+    figures.mean_of("accuracy", _row_means(np.where(np.isnan(scores), np.nan, scores >= 1)))
+    for name in (f"pass@{order}" for order in orders):
         figures.values[name], figures.errors[name] = found[name], found[f"{name}_se"]
-    figures.examples["accuracy"] = _row_means(np.where(np.isnan(scores), np.nan, scores >= 1))
 
 
 def _row_means(values: np.ndarray) -> np.ndarray:
@@ -190,16 +208,26 @@ def _row_means(values: np.ndarray) -> np.ndarray:
     return np.divide(np.nansum(values, axis=1), counts, out=np.full(len(values), np.nan), where=counts > 0)
 
 
-def _generation_config(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> GenerationConfig:
-    """Sampling from the whole distribution, whatever the model's own defaults: two models' defaults may differ."""
+def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a completion: those in the model's generation defaults and the tokenizer's end token."""
     own = model.generation_config.eos_token_id
-    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+    return sorted({*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None})
+
+
+def generation_config(ends: Sequence[int], tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> GenerationConfig:
+    """Sampling from the whole distribution, for all models alike.
+
+    Args:
+        ends: Tokens that end a completion: the base's, so that a trained model's completions end where the base's do.
+        tokenizer: Names padding and beginning.
+        sampling: How many tokens, and the temperature.
+    """
     chosen = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
     return GenerationConfig(
         max_new_tokens=sampling.max_completion_length,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=sorted(ends),
+        eos_token_id=list(ends),
         repetition_penalty=1.0,
         **(chosen if sampling.temperature else {"do_sample": False}),
     )
@@ -212,7 +240,26 @@ def _complete(
     """Generated tokens after each prompt, with whatever padding follows the end token."""
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     batch = {name: batch[name].to(next(model.parameters()).device) for name in ("input_ids", "attention_mask")}
-    return model.generate(**batch, generation_config=config)[:, batch["input_ids"].shape[1] :].tolist()
+    with _without_defaults(model, config):
+        return model.generate(**batch, generation_config=config)[:, batch["input_ids"].shape[1] :].tolist()
+
+
+@contextmanager
+def _without_defaults(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
+    """Inside, the model has no generation defaults but the special tokens.
+
+    transformers fills what a given configuration leaves open (`min_p`, `num_beams`, `suppress_tokens`, ...) from the
+    model's own, which a checkpoint brings along and the base may not have.
+    """
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = plain.generation_config
+    plain.generation_config = GenerationConfig(
+        eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id, bos_token_id=config.bos_token_id
+    )
+    try:
+        yield
+    finally:
+        plain.generation_config = own
 
 
 async def _awaited(result: Any) -> Any:

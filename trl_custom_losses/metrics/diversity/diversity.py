@@ -26,9 +26,10 @@ Args:
         (for languages without spaces).
 
 Returns:
-    distinct_1 ... distinct_<n>: number of different n-grams / number of n-grams, over all completions together. It
-        falls as more text is counted, so compare models on the same prompts and number of completions. NaN where no
-        completion has n units.
+    distinct_1 ... distinct_<n>: number of different n-grams / number of n-grams, over all completions together. Li et
+        al. divide by the number of tokens, which for n > 1 gives less: a completion has n - 1 fewer n-grams than
+        tokens. It falls as more text is counted, so compare models on the same prompts and number of completions. NaN
+        where no completion has n units.
     pairwise_diversity: mean over the pairs of completions of a prompt of 1 - |A and B| / |A or B| (Jaccard), A and B
         the sets of all n-grams of 1 to `similarity_n` units of the two; then the mean over prompts. 0: all alike; 1:
         nothing in common. Two empty completions are alike. Prompts with one completion have no pair and are left out;
