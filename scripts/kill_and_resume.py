@@ -16,10 +16,10 @@ that the runs go through many epochs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors.torch import load_file
 
@@ -124,10 +125,21 @@ def training_command(
 
 
 def start(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-    """Start a run in a process group of its own, so that all its processes can be killed at once."""
+    """Start a run."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     with log.open("ab") as file:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
+
+
+def kill_all(run: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to the run and all its processes at once; a launcher puts its own into sessions of their own."""
+    processes = psutil.Process(run.pid).children(recursive=True)
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    run.kill()
+    run.wait()
+    psutil.wait_procs(processes)
 
 
 def finished_steps(output: Path) -> list[int]:
@@ -179,8 +191,7 @@ def interrupt(command: Sequence[str], output: Path, log: Path, number: int, dela
     if run.poll() is not None:
         tail = log.read_text()[-3000:]
         raise SystemExit(f"the run ended by itself (exit status {run.poll()}) before kill {number}:\n{tail}")
-    os.killpg(run.pid, signal.SIGKILL)
-    run.wait()
+    kill_all(run)
     step = max(finished_steps(output), default=0)
     return Kill(number, time.monotonic() - began, step, step - before, unfinished_steps(output))
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .distributed_worker import COMPONENTS, HIDDEN, main
+from .distributed_worker import HIDDEN, main
 
+OPPOSED = [{"type": "apo_down", "name": "pref", "beta": 0.5}, {"type": "sft", "name": "sft", "weight": 0.3}]
 LOSSES: dict[str, dict[str, Any]] = {
     "sigmoid": {"family": "dpo", "loss": "sigmoid"},
     "adaptive_dpo": {"family": "dpo", "loss": {"type": "adaptive_dpo", "strategy": "margin", "beta": 0.5}},
@@ -23,8 +24,8 @@ LOSSES: dict[str, dict[str, Any]] = {
             "auxiliary_losses": {"perplexity": {}, "consistency": {"threshold": -1.0}},
         },
     },
-    # `upgrad` would leave the weights alone here, where the components do not conflict.
-    "composed": {"family": "dpo", "loss": {"type": "composed", "components": COMPONENTS, "balancing": "mgda"}},
+    # Components that pull the chosen answers apart, so that the balancing has something to do at every step.
+    "composed": {"family": "dpo", "loss": {"type": "composed", "components": OPPOSED, "balancing": "mgda"}},
     "grpo": {"family": "grpo", "loss": "grpo", "config": {"beta": 0.1}},
     "dynamic_grpo": {"family": "grpo", "loss": {"type": "dynamic_grpo", **HIDDEN}},
     "composed_dpo_grpo": {
