@@ -39,6 +39,10 @@ OBJECTIVES = {
 }
 
 
+#: Steps that one start of the run may add before it is killed.
+MOST_STEPS = 3
+
+
 @dataclass(frozen=True)
 class Kill:
     """One interruption.
@@ -187,7 +191,10 @@ def interrupt(command: Sequence[str], output: Path, log: Path, number: int, dela
     before, began = max(finished_steps(output), default=0), time.monotonic()
     run = start(command, log)
     if not stepping or wait_for_step(run, output, before):
-        time.sleep(delay)
+        end = time.monotonic() + delay
+        # A start that is faster than the first one was must not use up the steps that are left for the other kills.
+        while time.monotonic() < end and max(finished_steps(output), default=0) < before + MOST_STEPS:
+            time.sleep(0.005)
     if run.poll() is not None:
         tail = log.read_text()[-3000:]
         raise SystemExit(f"the run ended by itself (exit status {run.poll()}) before kill {number}:\n{tail}")
@@ -248,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parsed = parser.parse_args(arguments)
     folder = (parsed.output / f"{parsed.trainer}-{parsed.processes}").absolute()
     folder.mkdir(parents=True, exist_ok=False)
-    steps = 4 * parsed.kills
+    steps = (MOST_STEPS + 1) * parsed.kills
     model, data = make_inputs(parsed.trainer, folder, parsed.seed)
 
     def command(output: Path) -> list[str]:
