@@ -20,6 +20,7 @@ import contextlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -137,6 +138,7 @@ def start(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
 
 def kill_all(run: subprocess.Popen[bytes]) -> None:
     """SIGKILL to the run and all its processes at once; a launcher puts its own into sessions of their own."""
+    run.send_signal(signal.SIGSTOP)  # so that a launcher starts no further one meanwhile
     processes = psutil.Process(run.pid).children(recursive=True)
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -188,7 +190,7 @@ def interrupt(command: Sequence[str], output: Path, log: Path, number: int, dela
     Raises:
         SystemExit: The run ended by itself: it failed, or there are too few steps for so many kills.
     """
-    before, began = max(finished_steps(output), default=0), time.monotonic()
+    before, began, launched = max(finished_steps(output), default=0), time.monotonic(), time.time()
     run = start(command, log)
     if not stepping or wait_for_step(run, output, before):
         end = time.monotonic() + delay
@@ -200,7 +202,7 @@ def interrupt(command: Sequence[str], output: Path, log: Path, number: int, dela
         raise SystemExit(f"the run ended by itself (exit status {run.poll()}) before kill {number}:\n{tail}")
     kill_all(run)
     step = max(finished_steps(output), default=0)
-    return Kill(number, time.monotonic() - began, step, step - before, unfinished_steps(output))
+    return Kill(number, time.monotonic() - began, step, step - before, unfinished_steps(output, launched))
 
 
 def finish(command: Sequence[str], log: Path) -> float:

@@ -85,23 +85,24 @@ def merge(
 
 
 def separate_adapted_embeddings(base: PreTrainedModel) -> None:
-    """Give the head weights of its own where an adapter changes the input embeddings that it shares with them.
+    """Give head and input embeddings that share their weights weights of their own, if an adapter changes either.
 
-    Such an adapter changes what goes in and leaves what comes out; merged into shared weights it would change both.
+    Such an adapter changes what goes in or what comes out; merged into shared weights it would change both.
 
     Args:
         base: With the adapter on it.
     """
-    head = base.get_output_embeddings()
-    if not isinstance(base.get_input_embeddings(), BaseTunerLayer) or head is None:
+    ends = base.get_input_embeddings(), base.get_output_embeddings()
+    if ends[1] is None or not any(isinstance(end, BaseTunerLayer) for end in ends):
         return
-    if head.weight is not base.get_input_embeddings().get_base_layer().weight:
+    embeddings, head = (end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends)
+    if head.weight is not embeddings.weight:
         return
     head.weight = nn.Parameter(head.weight.detach().clone())
     base.config.tie_word_embeddings = False
     base.config.get_text_config().tie_word_embeddings = False
     base.all_tied_weights_keys = {}
-    print("The adapter changes the input embeddings alone: the merged model has a head of its own.")
+    print("The adapter changes input embeddings or head: in the merged model they have weights of their own.")
 
 
 def main(arguments: Sequence[str] | None = None) -> PreTrainedModel:

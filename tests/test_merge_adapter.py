@@ -60,7 +60,9 @@ def tied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["embed_tokens", "q_proj"]])
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ["embed_tokens", "q_proj"], ["lm_head"], ["embed_tokens", "lm_head"]]
+)
 def test_tied_weights_merge_too(targets: Any, script: ModuleType, tied_model: Path, tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "adapter", tied_model, lora(target_modules=targets))
     script.main(["--adapter", str(adapter), "--output", str(tmp_path / "merged")])

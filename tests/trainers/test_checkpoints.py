@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import torch
 from transformers.trainer_utils import get_last_checkpoint
 
 from tests import tiny
-from trl_custom_losses import CheckpointError, CustomDPOConfig, CustomDPOTrainer, CustomGRPOConfig, CustomGRPOTrainer
+from trl_custom_losses import CheckpointError, CustomDPOConfig, CustomDPOTrainer
 from trl_custom_losses.trainers import checkpoints
 from trl_custom_losses.trainers.checkpoints import MANIFEST, agree_on_checkpoint, find_checkpoint
 
@@ -282,6 +283,60 @@ def test_the_best_checkpoint_is_kept_and_loaded(dense_model, run_arguments):
     assert last["best_model_checkpoint"] == str(best)
 
 
+@pytest.mark.parametrize("place", ["same", "moved"])
+def test_the_best_checkpoint_is_known_after_a_resume(dense_model, run_arguments, tmp_path, place):
+    """Also where the output directory is now called otherwise."""
+    options = {"save_total_limit": 2, "metric_for_best_model": "eval_pref_weight", "eval_strategy": "steps"}
+    options |= {"eval_steps": 1, "greater_is_better": True, "max_steps": 6}
+    run = trainer(dense_model, run_arguments, **{**options, "max_steps": 3})
+    run.train()
+    output = Path(run_arguments["output_dir"])
+    if place == "moved":
+        output = output.rename(tmp_path / "elsewhere")
+    again = trainer(dense_model, {**run_arguments, "output_dir": str(output)}, **options)
+    again.train(resume_from_checkpoint=True)
+    step = again.state.best_global_step
+    assert again.state.best_model_checkpoint == str(output / f"checkpoint-{step}")
+    assert {path.name for path in output.glob("checkpoint-*")} >= {f"checkpoint-{step}", "checkpoint-6"}
+
+
+def test_what_is_deleted_is_never_there_in_part(dense_model, run_arguments, monkeypatch):
+    run = trainer(dense_model, run_arguments, save_total_limit=1)
+    removed = []
+    remove = shutil.rmtree
+
+    def noting(path, *args, **kwargs):
+        removed.append(Path(path))
+        remove(path, *args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", noting)
+    run.train()
+    assert removed and not any(path.name.startswith("checkpoint-") for path in removed)
+    assert [path.name for path in Path(run_arguments["output_dir"]).glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_what_another_program_only_announced_makes_room(dense_model, run_arguments, monkeypatch):
+    """transformers' checkpoint on SIGTERM leaves a mark where the checkpoint will be."""
+    run = trainer(dense_model, run_arguments, max_steps=2)
+    run.train()
+    run.state.global_step = 3
+    killed_at_rename(1, monkeypatch, lambda: run._save_checkpoint(run.model, None))
+    folder(run, 3).mkdir()
+    (folder(run, 3) / "checkpoint-is-incomplete.txt").touch()
+    checkpoints.recover(Path(run_arguments["output_dir"]))
+    assert checkpoints.damage(folder(run, 3)) is None
+
+
+def test_a_folder_left_between_two_renames_does_not_stop_the_next_save(dense_model, run_arguments):
+    run = trainer(dense_model, run_arguments, max_steps=2)
+    run.train()
+    left = checkpoints.staging(folder(run, 2)).with_name("replaced-checkpoint-2")
+    left.mkdir(parents=True)
+    (left / "model.safetensors").touch()
+    run._save_checkpoint(run.model, None)
+    assert checkpoints.damage(folder(run, 2)) is None and not left.parent.exists()
+
+
 def test_a_run_that_had_reached_its_end_takes_no_further_step(dense_model, run_arguments):
     whole = trainer(dense_model, run_arguments, max_steps=3)  # within an epoch, where the Trainer would go on
     whole.train()
@@ -304,72 +359,3 @@ def test_ranks_that_see_different_checkpoints_are_told_so(monkeypatch, tmp_path)
     monkeypatch.setattr(checkpoints, "gather_object", lambda mine: [*mine, ("run/checkpoint-8", None)])
     with pytest.raises(CheckpointError, match=r"rank 0: None, rank 1: run/checkpoint-8.*storage that all"):
         agree_on_checkpoint("latest", str(tmp_path), ranks())
-
-
-def grpo(model: Path, arguments: dict, rows: int = 8, **options) -> CustomGRPOTrainer:
-    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4, "per_device_train_batch_size": 4}
-    generating = {"num_generations": 4, "max_completion_length": 6, "loss_function": "grpo"}
-    return CustomGRPOTrainer(
-        model=tiny.load_model(model, seed=1),
-        args=CustomGRPOConfig(**{**arguments, **saving, **generating, **options}),
-        train_dataset=tiny.prompt_data(rows),
-        reward_funcs=tiny.count_reward,
-        processing_class=tiny.tokenizer(),
-    )
-
-
-@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"steps_per_generation": 2}])
-def test_grpo_resumes_bit_for_bit_between_generation_batches(dense_model, run_arguments, options):
-    whole = grpo(dense_model, run_arguments, **options)
-    whole.train()
-    resumed = grpo(dense_model, run_arguments, **options)
-    resumed.train(resume_from_checkpoint=str(Path(run_arguments["output_dir"]) / "checkpoint-2"))
-    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-
-
-@pytest.mark.parametrize("step", [3, 4, 7, 9])
-def test_grpo_resumes_bit_for_bit_in_a_later_epoch(dense_model, run_arguments, step):
-    """Each epoch has an order of its own."""
-    options = {"rows": 3, "max_steps": 11, "learning_rate": 1e-2}
-    whole = grpo(dense_model, run_arguments, **options)
-    whole.train()
-    resumed = grpo(dense_model, run_arguments, **options)
-    resumed.train(resume_from_checkpoint=str(Path(run_arguments["output_dir"]) / f"checkpoint-{step}"))
-    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-
-
-@pytest.mark.parametrize("step", [2, 4])
-def test_grpo_resumes_after_an_epoch_that_ended_in_a_short_accumulation(dense_model, run_arguments, caplog, step):
-    """Three micro-batches make a generation batch and an epoch, two an optimizer step."""
-    options = {"rows": 3, "steps_per_generation": 3, "gradient_accumulation_steps": 2, "max_steps": 6}
-    whole = grpo(dense_model, run_arguments, **options)
-    whole.train()
-    resumed = grpo(dense_model, run_arguments, **options)
-    with caplog.at_level(logging.WARNING):
-        resumed.train(resume_from_checkpoint=Path(run_arguments["output_dir"]) / f"checkpoint-{step}")
-    assert "middle of a generation batch" not in caplog.text
-    assert resumed._step == whole._step
-    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-
-
-def test_grpo_resumed_within_a_generation_batch_says_so_and_keeps_prompts_in_step(dense_model, run_arguments, caplog):
-    seen: list[list[str]] = []
-
-    def noting(prompts: list[str], completions: list[str], **columns) -> list[float]:
-        seen.append(prompts)
-        return tiny.count_reward(completions)
-
-    options = {"steps_per_generation": 2, "num_iterations": 1}
-    whole = grpo(dense_model, run_arguments, **options)
-    whole.reward_funcs = [noting]
-    whole.train()
-    expected, seen[:] = list(seen), []
-    resumed = grpo(dense_model, run_arguments, **options)
-    resumed.reward_funcs = [noting]
-    with caplog.at_level(logging.WARNING):
-        resumed.train(resume_from_checkpoint=str(Path(run_arguments["output_dir"]) / "checkpoint-1"))
-    assert "in the middle of a generation batch" in caplog.text and "are 2 micro-batches" in caplog.text
-    assert len(expected) == 2 and seen == expected  # the first batch again, the second as before

@@ -7,6 +7,7 @@ looked for, by this package or by any other program.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from ..errors import CheckpointError
 from .announce import logger
@@ -32,11 +33,10 @@ LATEST, LATEST_INTACT = "latest", "latest_intact"
 
 
 def begin(folder: Path) -> None:
-    """Make room for the checkpoint `folder`, removing what a killed run has left there; nothing finished is touched."""
-    staged = staging(folder)
-    if staged.exists():
-        shutil.rmtree(staged)
-    staged.parent.mkdir(parents=True, exist_ok=True)
+    """Make room for the checkpoint `folder`, removing what a killed run has left; nothing finished is touched."""
+    recover(folder.parent)
+    clear(folder.parent)
+    staging(folder).parent.mkdir(parents=True, exist_ok=True)
 
 
 def finish(folder: Path) -> None:
@@ -55,21 +55,48 @@ def finish(folder: Path) -> None:
     written.replace(staged / MANIFEST)
     for path in (*(path for path in staged.rglob("*") if path.is_dir()), staged):
         _to_disk(path)
-    replaced = staged.with_name(f"replaced-{folder.name}")
     if folder.exists():
-        folder.rename(replaced)
+        folder.rename(staged.with_name(f"replaced-{folder.name}"))
     staged.rename(folder)  # killed before this line, `recover` does it
     _to_disk(folder.parent)
-    if replaced.exists():
-        shutil.rmtree(replaced)
     clear(folder.parent)
+
+
+def delete(folder: Path) -> None:
+    """Delete a checkpoint so that it is never there in part."""
+    gone = folder.parent / UNFINISHED / f"deleted-{folder.name}"
+    gone.parent.mkdir(exist_ok=True)
+    folder.rename(gone)
+    clear(folder.parent)
+
+
+def rotate(run: Path, limit: int | None, best: str | None) -> None:
+    """Delete the oldest checkpoints of a run, but neither the last nor the best, until `limit` are left.
+
+    Args:
+        run: Folder of the checkpoints.
+        limit: `save_total_limit`; None or 0 keeps all.
+        best: Path of the best checkpoint.
+    """
+    if not limit or limit < 0:
+        return
+    folders = [Path(path) for path in sort_checkpoints(str(run), use_mtime=True)]
+    kept = {folder for folder in folders[-1:] if folder}
+    kept |= {folder for folder in folders if best is not None and Path(best).exists() and folder.samefile(best)}
+    others = [folder for folder in folders if folder not in kept]
+    for folder in others[: max(len(folders) - max(limit, len(kept)), 0)]:
+        delete(folder)
 
 
 def recover(output_dir: Path) -> None:
     """Move a checkpoint to its place that was complete when the run was killed."""
     for staged in (output_dir / UNFINISHED).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         place = output_dir / staged.name
-        if (staged / MANIFEST).is_file() and not place.exists():
+        if not (staged / MANIFEST).is_file():
+            continue
+        if place.exists() and not any((place / name).is_file() for name in (MANIFEST, TRAINER_STATE_NAME)):
+            shutil.rmtree(place)  # no checkpoint: made by another program that had announced one
+        if not place.exists():
             staged.rename(place)
 
 
@@ -131,7 +158,7 @@ def find_checkpoint(wanted: str | os.PathLike[str] | bool | None, output_dir: st
         )
     if wanted not in (True, LATEST, LATEST_INTACT):
         return str(_checked(Path(wanted)))
-    for folder in _newest_first(Path(output_dir)):
+    for folder in checkpoints_of(Path(output_dir)):
         if wanted == LATEST_INTACT and (reason := damage(folder)) is not None:
             logger.warning("%s is damaged (%s); passed over", folder, reason)
         else:
@@ -156,7 +183,7 @@ def agree_on_checkpoint(
     found, problem = None, None
     try:
         found = find_checkpoint(wanted, output_dir)
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         problem = str(error)
     outcomes = [(found, problem)] if accelerator.num_processes == 1 else gather_object([(found, problem)])
     problems = [error for _, error in outcomes if error is not None]
@@ -191,7 +218,7 @@ def _checked(folder: Path) -> Path:
     return folder
 
 
-def _newest_first(output_dir: Path) -> list[Path]:
+def checkpoints_of(output_dir: Path) -> list[Path]:
     """The checkpoints of a run by step, the last one first."""
     steps = {}
     for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if output_dir.is_dir() else ():
@@ -206,5 +233,8 @@ def _to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):  # some network disks have it for files
+            raise
     finally:
         os.close(descriptor)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .checkpoints import UNFINISHED, agree_on_checkpoint, begin, finish, staging
+from .checkpoints import UNFINISHED, agree_on_checkpoint, begin, checkpoints_of, delete, finish, rotate, staging
 
 
 class ResumableTrainer:
@@ -52,30 +52,35 @@ class ResumableTrainer:
         if not self._writing_checkpoint:  # else later, from where the checkpoint will be
             super()._push_from_checkpoint(checkpoint_folder)
 
+    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
+        best = self.state.best_model_checkpoint
+        if self.args.should_save and self.args.save_total_limit == 1 and best is not None and Path(best).exists():
+            for folder in checkpoints_of(Path(self._get_output_dir(trial))):
+                if not folder.samefile(best):
+                    delete(folder)  # which the Trainer would do piece by piece
+        return super()._finalize_training(trial, *args, **kwargs)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run = Path(self._get_output_dir(trial))
         folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
             begin(folder)
         self.accelerator.wait_for_everyone()  # no rank writes into a folder that is being cleared
+        best = self.state.best_model_checkpoint
         self._writing_checkpoint = True
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self._writing_checkpoint = False
-        if self.state.best_global_step == self.state.global_step:  # the Trainer took the folder it wrote into for it
-            self.state.best_model_checkpoint = str(folder)
+        if self.state.best_global_step:  # the Trainer looked for the best one where it wrote
+            place = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(place) if place == folder or place.is_dir() else best
             if self.args.should_save:
                 self.state.save_to_json(str(staging(folder) / TRAINER_STATE_NAME))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             finish(folder)
-            rotate_checkpoints(
-                output_dir=str(run),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()  # no rank looks for the checkpoint before it is there
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
