@@ -26,6 +26,7 @@ from trl_custom_losses import (
     PolicyLoss,
 )
 from trl_custom_losses.losses.preference import SigmoidLoss
+from trl_custom_losses.trainers.launch import leave_process_group
 
 GLOBAL_BATCH = 8
 STEPS = 3
@@ -228,3 +229,4 @@ def main(cases: dict[str, dict[str, Any]] = CASES) -> None:
 
 if __name__ == "__main__":
     main()
+    leave_process_group()

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from trl_custom_losses.trainers.launch import leave_process_group
+
 from .distributed_worker import HIDDEN, main
 
 OPPOSED = [{"type": "apo_down", "name": "pref", "beta": 0.5}, {"type": "sft", "name": "sft", "weight": 0.3}]
@@ -46,3 +48,4 @@ CASES: dict[str, dict[str, Any]] = {
 
 if __name__ == "__main__":
     main(CASES)
+    leave_process_group()

@@ -221,3 +221,14 @@ def exit_with_message(run: Callable[[], Any]) -> None:
         run()
     except (LossConfigError, CheckpointError) as error:
         sys.exit(f"error: {error}")
+    leave_process_group()
+
+
+def leave_process_group() -> None:
+    """Wait for all ranks and close their connections.
+
+    A process that exits with open ones can be aborted by its own communication threads.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
