@@ -4,8 +4,8 @@
     python scripts/kill_and_resume.py --kills 20 --trainer grpo
     python scripts/kill_and_resume.py --kills 20 --processes 2
 
-A tiny random model is trained with a loss that has a state (weights that balance themselves) and a schedule, and saves
-a checkpoint after every step. One run is left alone. The other is started with the same command every time, with
+A tiny random model is trained with a loss that has a state (weights that balance themselves), and saves a checkpoint
+after every step. One run is left alone. The other is started with the same command every time, with
 `--resume_from_checkpoint latest`, and gets SIGKILL, all its processes at once: every third time at a random moment of
 the whole life of the process (most often while it starts, or reads a checkpoint), otherwise a random time after its
 first new step began to be saved (while it writes a checkpoint, deletes an old one, computes). Then weights, optimizer,
@@ -205,16 +205,14 @@ def interrupt(command: Sequence[str], output: Path, log: Path, number: int, dela
     return Kill(number, time.monotonic() - began, step, step - before, unfinished_steps(output, launched))
 
 
-def finish(command: Sequence[str], log: Path) -> float:
-    """Let the run come to its end; returns its seconds.
+def finish(command: Sequence[str], log: Path) -> None:
+    """Let the run come to its end.
 
     Raises:
         SystemExit: It failed.
     """
-    began = time.monotonic()
     if start(command, log).wait() != 0:
         raise SystemExit(f"the run failed:\n{log.read_text()[-3000:]}")
-    return time.monotonic() - began
 
 
 # Not the training's: a clock, and TRL's count of tokens, which starts again at zero.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +14,7 @@ from trl import DatasetMixtureConfig, ScriptArguments
 
 from ..errors import LossConfigError
 from ..trainers.announce import logger
-from ..trainers.launch import load_data, load_reward
+from ..trainers.launch import load_data, load_reward, look_beside_the_caller
 from .figures import Figures, paired_differences
 from .models import Precision, first_line, load_tokenizer, models
 from .pairs import PairLogps, Pairs
@@ -95,8 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         LossConfigError: The arguments, the data or a model are not usable.
     """
     options = parse(arguments)
-    if os.getcwd() not in sys.path:  # for a reward function that lies beside the caller
-        sys.path.insert(0, os.getcwd())
+    look_beside_the_caller()
     reward = load_reward(options.reward) if options.reward else None
     precision = Precision.choose(options.device, options.dtype)
     tokenizer = load_tokenizer(options.tokenizer or options.base)

@@ -81,8 +81,9 @@ def rotate(run: Path, limit: int | None, best: str | None) -> None:
     if not limit or limit < 0:
         return
     folders = [Path(path) for path in sort_checkpoints(str(run), use_mtime=True)]
-    kept = {folder for folder in folders[-1:] if folder}
-    kept |= {folder for folder in folders if best is not None and Path(best).exists() and folder.samefile(best)}
+    kept = set(folders[-1:])
+    if best is not None and Path(best).exists():
+        kept |= {folder for folder in folders if folder.samefile(best)}
     others = [folder for folder in folders if folder not in kept]
     for folder in others[: max(len(folders) - max(limit, len(kept)), 0)]:
         delete(folder)

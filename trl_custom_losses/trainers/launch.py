@@ -68,9 +68,7 @@ def parse(
     Raises:
         LossConfigError: The loss is wrong, the file is not plain YAML, or an unknown argument resembles a known one.
     """
-    # Losses and rewards named by import path may lie beside the caller.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # last, so that no file there takes the place of a library
+    look_beside_the_caller()
     types = (script_type, config_type, ModelConfig, DatasetMixtureConfig)
     parser = TrlParser(types, prog=prog)
     try:
@@ -85,6 +83,15 @@ def parse(
     if names:
         logger.warning("Ignored arguments that no config knows: %s", ", ".join(names))
     return tuple(parsed)
+
+
+def look_beside_the_caller() -> None:
+    """Let losses and rewards be named by import paths into the working directory.
+
+    It is searched last, so that no file there takes the place of a library.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 def train_dpo(arguments: Sequence[str] | None = None) -> CustomDPOTrainer:

