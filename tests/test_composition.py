@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from tests.example_losses import restored_registry
-from tests.losses.factories import Data, random_data
 from trl_custom_losses import (
     ComposableLossFunction,
     Loss,
@@ -28,6 +27,7 @@ from trl_custom_losses.composition import LossOfLosses
 from trl_custom_losses.losses.policy import GRPOLoss
 from trl_custom_losses.losses.preference import IPOLoss, SFTLoss, SigmoidLoss
 from trl_custom_losses.schedules import Linear
+from trl_custom_losses.testing import Data, random_data
 
 
 @pytest.fixture(autouse=True)

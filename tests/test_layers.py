@@ -33,11 +33,15 @@ _ROOMS = [
     "composition",
     "losses",
     "cards",
+    "testing",
+    "plotting",
     "callbacks",
     "metrics",
     "rewards",
     "trainers",
     "evaluation",
+    "cli",
+    "__main__",
 ]
 _FRAMEWORKS = {"trl", "transformers", "accelerate", "datasets", "peft"}
 _FAMILIES = {"preference", "policy"}

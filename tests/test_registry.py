@@ -18,9 +18,9 @@ from trl_custom_losses import (
     UnknownLossError,
 )
 from trl_custom_losses.losses.preference import SigmoidLoss
+from trl_custom_losses.testing import random_data
 
 from .example_losses import Mine, Protocol, annotated, plain, restored_registry
-from .losses.factories import random_data
 
 build = LossFunctionRegistry.build
 register = LossFunctionRegistry.register

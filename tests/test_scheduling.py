@@ -14,10 +14,10 @@ from trl_custom_losses.hyperparameters import check_range
 from trl_custom_losses.losses.preference.beta_strategies import STRATEGIES
 from trl_custom_losses.reductions import FixedLengthMean, evaluate
 from trl_custom_losses.schedules import accepts_numbers
+from trl_custom_losses.testing import random_data
 
 from .example_losses import restored_registry
 from .losses.configs import configs
-from .losses.factories import random_data
 
 
 class Doubling(PreferenceLoss):

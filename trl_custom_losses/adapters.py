@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import re
+import sys
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
-from .base import Loss
+from .base import Loss, LossFunction, PolicyLoss, PreferenceLoss
 from .errors import LossConfigError
 from .foreign import FunctionLoss, ObjectLoss, annotated_family
 from .hyperparameters import hyperparameters_of, suggestion
@@ -24,7 +27,38 @@ _CHOICES = {
     "f_divergence": ("hyperparameter", "independent", "unsupported"),
 }
 
+#: Containers within containers that a configuration may hold, and values in all.
+_DEEPEST, _MOST_VALUES = 60, 100_000
+
 _IMPORT_PATH = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
+
+
+def check_readable(config: Any) -> None:
+    """Refuse what no other check could walk through or print: endless or immense configurations and numbers.
+
+    Raises:
+        LossConfigError: The configuration is nested too deep, as one that contains itself, or holds too many values, or
+            a whole number is beyond 64 bits; the message begins with the field and its path.
+    """
+    left, seen = [("loss_function", "loss_function", config, 0)], 0
+    while left:
+        field, path, value, depth = left.pop()
+        where = f"'{field}' (`{path}`)"
+        seen += 1
+        if isinstance(value, int) and abs(value) >= 2**63:
+            digits = math.ceil(value.bit_length() * math.log10(2))  # printing thousands of them raises
+            raise LossConfigError(f"{where}: expected a number within 64 bits, found one of about {digits} digits")
+        if not isinstance(value, (Mapping, list, tuple, set, frozenset)):
+            continue
+        if depth == _DEEPEST:
+            raise LossConfigError(f"{where}: a configuration nests at most {_DEEPEST} levels; it may contain itself")
+        if seen + len(value) > _MOST_VALUES:
+            raise LossConfigError(f"{where}: a configuration holds at most {_MOST_VALUES} values, found more")
+        if isinstance(value, Mapping):
+            left += [(field, f"{path}, a key", key, depth + 1) for key in value if not isinstance(key, str)]
+            left += [(key, f"{path}.{key}", item, depth + 1) for key, item in value.items() if isinstance(key, str)]
+        else:
+            left += [(field, f"{path}[{number}]", item, depth + 1) for number, item in enumerate(value)]
 
 
 def import_loss(path: str) -> Any:
@@ -36,12 +70,7 @@ def import_loss(path: str) -> Any:
     if not _IMPORT_PATH.match(path):
         raise LossConfigError(f"an import path looks like 'package.module:Loss', found {path!r}")
     module_name, attribute = path.split(":")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's module raises while it is imported
-        raise LossConfigError(
-            f"could not import '{module_name}' for {path!r}: {type(error).__name__}: {error}"
-        ) from error
+    module = import_users_module(module_name, f"for {path!r}")
     found: Any = module
     for part in attribute.split("."):
         if not hasattr(found, part):
@@ -51,13 +80,36 @@ def import_loss(path: str) -> Any:
     return found
 
 
+def import_users_module(name: str, purpose: str) -> ModuleType:
+    """The module that a user named.
+
+    Args:
+        name: Absolute, with dots.
+        purpose: What it is imported for, for the message.
+
+    Raises:
+        LossConfigError: It cannot be imported.
+    """
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # whatever the user's module raises while it is imported
+        raise LossConfigError(f"could not import '{name}' {purpose}: {type(error).__name__}: {error}") from error
+
+
+def look_in(folder: str) -> None:
+    """Let import paths name modules in `folder`, which is searched last, so that no file there takes the place of a
+    library."""
+    if folder not in sys.path:
+        sys.path.append(folder)
+
+
 def as_loss_class(loss: Any, facts: Mapping[str, Any], name: str, family: Family | None = None) -> type[Loss]:
     """The class that `build` instantiates for a loss class, a function or any class with `__call__`."""
     facts = dict(facts)
     unknown = [fact for fact in facts if fact not in _FACTS]
     if unknown:
         raise LossConfigError(f"loss '{name}': unknown facts {unknown}; a loss may declare the attributes of `Loss`")
-    if loss in (Loss, FunctionLoss, ObjectLoss):
+    if loss in (LossFunction, Loss, PreferenceLoss, PolicyLoss, FunctionLoss, ObjectLoss):
         raise LossConfigError(f"loss '{name}': {loss.__name__} is a base class, not a loss")
     if inspect.isclass(loss) and issubclass(loss, Loss):
         if facts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -58,6 +58,13 @@ class Loss(nn.Module):
             masks and vLLM ratios apply; auxiliary terms set False.
         uses_importance_sampling_ratio: Whether the loss applies the vLLM ratio itself.
         composite: Whether the loss has reduced its components itself.
+        stop_gradient: Whether parts of the loss are detached on purpose, so that its gradient is not the derivative of
+            its value (CISPO's importance weights).
+        prefers_chosen: Whether a preference loss, while the policy is the reference, falls as chosen completions become
+            likelier and rejected ones less; False for auxiliary terms, and where data-set columns decide.
+        example: Hyperparameters to show the loss with, in checks, cards and pictures: values for those without a
+            default, and in place of defaults with which it would do nothing there.
+        column_examples: Values of data-set columns for its checks, where numbers from 0 to 1 would not do.
     """
 
     family: Family | None = None
@@ -74,11 +81,19 @@ class Loss(nn.Module):
     surrogate: bool = False
     uses_importance_sampling_ratio: bool = False
     composite: bool = False
+    stop_gradient: bool = False
+    prefers_chosen: bool = True
+    example: Mapping[str, Any] = {}
+    column_examples: Mapping[str, Sequence[Any]] = {}
     #: The registry sets the name a loss was built under, where each hyperparameter's value came from, and which of them
     #: move.
     name: str = ""
     origins: Mapping[str, str] = {}
     schedules: Mapping[str, Schedule] = {}
+    #: A monitor sets `watched` for the optimizer steps whose gradients it wants to know (see
+    #: `callbacks.GradientMonitorCallback`); a composition that observes its components' gradients sets `watches_parts`.
+    watched = False
+    watches_parts = False
 
     def forward(self, batch: Any, model_outputs: ModelOutputs) -> tuple[Tensor, Metrics]:
         raise TypeError(f"{type(self).__name__} must define `forward(batch, model_outputs) -> (loss, metrics)`")
@@ -156,6 +171,11 @@ class Loss(nn.Module):
                 f"{tuple(values.shape)}, which cannot be added up"
             )
         sums[name] = sums[name] + values if name in sums else values
+
+    @property
+    def watching(self) -> bool:
+        """Whether a monitor wants to know the gradients of this forward pass."""
+        return self.watched and self.training and torch.is_grad_enabled()
 
     @property
     def observes(self) -> bool:

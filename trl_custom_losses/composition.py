@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .balancing.balancer import gramian_of, make_balancer
+from .balancing.balancer import make_balancer
+from .balancing.gramian import step_gramian, watch_parts
 from .base import Loss, Metrics
-from .errors import LossConfigError
+from .errors import LossConfigError, named
 from .hyperparameters import check_type
 from .reductions import evaluate, reduce_loss
 from .registry import BuildContext, LossFunctionRegistry
@@ -69,6 +70,7 @@ class LossOfLosses(Loss):
         self.columns = tuple(dict.fromkeys(column for loss in losses for column in loss.columns))
         self.column_scorers = _scorers_of(losses)
         self.batch_coupled = any(loss.batch_coupled for loss in losses)
+        self.stop_gradient = self.stop_gradient or any(loss.stop_gradient for loss in losses)
         self.minimum_batch = max(loss.minimum_batch for loss in losses)
 
     def components(self) -> Iterator[tuple[str, Loss]]:
@@ -125,6 +127,8 @@ class ComposableLossFunction(LossOfLosses):
     one component reports keeps its name; one that several report is logged for each as `<component>/<metric>`. With
     balancing, also `grad_cosine/<a>/<b>`, the cosine between two components' gradients over the optimizer step.
 
+    A `callbacks.GradientMonitorCallback` adds the gradients' norms.
+
     Args:
         components: The losses, by name or in order; in order, their names are those they were registered under.
         weights: By name or in order, numbers or schedules; 1 where left out.
@@ -133,6 +137,8 @@ class ComposableLossFunction(LossOfLosses):
 
     Errors: No component, two of the same name, components of different families, a weight for no component.
     """
+
+    watches_parts = True
 
     def __init__(
         self,
@@ -196,24 +202,29 @@ class ComposableLossFunction(LossOfLosses):
         found = self.balancer.factors(gramian, [weights[name] for name in self.names])
         return dict(zip(self.names, found, strict=True))
 
-    def _balance(self, contributions: Mapping[str, Tensor], batch: Batch, outputs: ModelOutputs) -> None:
-        """Observe the angles between the components' gradients; with `gramian: current`, act on them at once."""
-        observing = self.balancer is not None and self.training and torch.is_grad_enabled()
-        if not observing or not outputs.anchors():
-            return
-        fraction = batch.denominators.step_fraction
-        gramian = gramian_of([outputs.gradients(part) for part in contributions.values()]) * fraction**2
-        self.observe("gramian", gramian)
-        if self.balancer.source == "current":
-            self._factors = self._find_factors(batch.ranks.sum(gramian.detach()))
+    def gramian(self, contributions: Mapping[str, Tensor], batch: Batch, outputs: ModelOutputs) -> Tensor | None:
+        """Inner products between the components' gradients, before weights, (m, m); None if nothing wants them.
+
+        Balancing observes them; with `gramian: current`, it acts on them at once.
+        """
+        asked = (self.balancer is not None or self.watched) and self.training and torch.is_grad_enabled()
+        if not asked or not outputs.anchors():
+            return None
+        gramian = step_gramian(contributions.values(), batch, outputs)
+        if self.balancer is not None:
+            self.observe("gramian", gramian)
+            if self.balancer.source == "current":
+                self._factors = self._find_factors(batch.ranks.sum(gramian.detach()))
+        return gramian
 
     # The loss
 
     def forward(self, batch: Batch, model_outputs: ModelOutputs) -> tuple[Tensor, Metrics]:
         contributions, reported = self.contributions(batch, model_outputs)
-        self._balance(contributions, batch, model_outputs)
+        gramian = self.gramian(contributions, batch, model_outputs)
         factors = self.factors
         weights = {name: weight * factors[name] for name, weight in self.current_weights().items()}
+        watch_parts(self, gramian, list(weights.values()))
         total = sum(weights[name] * contribution for name, contribution in contributions.items())
         return total, self.metrics_of(contributions, weights, total, reported, batch)
 
@@ -272,14 +283,15 @@ def _weights_by_name(
 
 
 def build_component(config: Any, context: BuildContext, where: str) -> Loss:
-    """Build one component from a name or a dict with `type`, or take a loss object; `where` begins other messages."""
+    """Build one component from a name or a dict with `type`, or take a loss object; `where` begins messages."""
     if isinstance(config, Loss):
         return config
     if isinstance(config, str):
         config = {"type": config}
     if not isinstance(config, Mapping) or not isinstance(config.get("type"), str):
         raise LossConfigError(f"{where}: expected a loss's name or a dict with 'type', found {config!r}")
-    return LossFunctionRegistry.build(config, context=context)
+    with named(where):
+        return LossFunctionRegistry.build(config, context=context)
 
 
 def merge_metrics(reported: Mapping[str, Metrics], taken: Collection[str] = ()) -> dict[str, Any]:

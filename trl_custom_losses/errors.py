@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class LossConfigError(ValueError):
     """A loss configuration, registration or combination that cannot be honoured.
@@ -9,6 +12,15 @@ class LossConfigError(ValueError):
     Raised when a config or a trainer is constructed, never during training. The message names the field, what
     was expected and what was found.
     """
+
+
+@contextmanager
+def named(where: str) -> Iterator[None]:
+    """Let the messages of mistakes found meanwhile begin with the field `where`."""
+    try:
+        yield
+    except LossConfigError as error:
+        raise LossConfigError(f"{where}: {error}") from error
 
 
 class UnknownLossError(LossConfigError, KeyError):

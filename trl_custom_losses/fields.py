@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import field
 from typing import Any, Self
 
@@ -24,6 +25,9 @@ class ExplainsMissingFields:
             delattr(self, name)
 
     def __getattr__(self, name: str) -> Any:
+        found = inspect.getattr_static(type(self), name, None)
+        if isinstance(found, property) and found.fget is not None:
+            return found.fget(self)  # once more, for the message about the field that it lacks
         raise MissingFieldError(
             f"`{type(self).__name__}` has no `{name}` here. If it is a field of this type, the loss must declare it "
             f"(`requires = {{'{name}'}}`, or `columns` for data-set columns) for the trainer to provide it."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping
@@ -31,6 +32,16 @@ class Hyperparameter:
     def required(self) -> bool:
         """Whether it has no default."""
         return self.default is _MISSING
+
+    @property
+    def type_name(self) -> str:
+        """The annotated type as a reader writes it, without modules."""
+        return re.sub(r"\b(?:\w+\.)+(?=\w)", "", _type_name(self.annotation))
+
+    @property
+    def annotated(self) -> bool:
+        """Whether it has a type that values are checked against."""
+        return self.annotation not in (Any, _MISSING)
 
     def __str__(self) -> str:
         text = f"{self.name}: {_type_name(self.annotation)}"
@@ -135,9 +146,9 @@ def resolve(
     return values, origins
 
 
-def suggestion(name: str, known: Collection[str]) -> str:
+def suggestion(name: Any, known: Collection[str]) -> str:
     """`" (did you mean 'x'?)"` with the nearest known names, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.5)
     return f" (did you mean {' or '.join(repr(n) for n in near)}?)" if near else ""
 
 
@@ -170,7 +181,7 @@ def check_type(value: Any, annotation: Any, where: str) -> Any:
     Raises:
         LossConfigError: It is of another type or not finite; the message begins with `where`.
     """
-    if not _matches(value, annotation):
+    if not matches(value, annotation):
         hint = ""
         if isinstance(value, str) and _is_number(value):
             hint = f". YAML reads {value} as text: write a number with a point, such as 1.0e-3"
@@ -191,12 +202,13 @@ def check_type(value: Any, annotation: Any, where: str) -> Any:
     return value
 
 
-def _matches(value: Any, annotation: Any) -> bool:
+def matches(value: Any, annotation: Any) -> bool:
+    """Whether a value is of an annotated type; an int is a float, a bool is neither."""
     if annotation in (Any, _MISSING):
         return True
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        return any(_matches(value, argument) for argument in arguments)
+        return any(matches(value, argument) for argument in arguments)
     if origin is Literal:
         return any(type(value) is type(choice) and value == choice for choice in arguments)
     if annotation in (None, type(None)):
@@ -207,7 +219,7 @@ def _matches(value: Any, annotation: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if origin in (list, tuple) and isinstance(value, (list, tuple)):
         element = [argument for argument in arguments if argument is not Ellipsis]
-        return len(element) != 1 or all(_matches(item, element[0]) for item in value)
+        return len(element) != 1 or all(matches(item, element[0]) for item in value)
     if isinstance(origin, type):
         return isinstance(value, origin)
     return isinstance(value, annotation) if isinstance(annotation, type) else True

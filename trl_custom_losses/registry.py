@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from .adapters import as_loss_class, check_facts, facts_of, import_loss
+from .adapters import as_loss_class, check_facts, check_readable, facts_of, import_loss
 from .base import Loss, LossFunction
 from .errors import LossConfigError, UnknownLossError
 from .foreign import ObjectLoss
@@ -123,6 +123,7 @@ class LossFunctionRegistry:
             LossConfigError: The name is unknown, of another family, or a hyperparameter is unknown, missing, ill-typed
                 or out of range.
         """
+        check_readable(config)
         context = context or BuildContext(family=family, defaults=defaults or {})
         if isinstance(config, (str, Mapping)):
             loss = cls._from_config(config, context)
@@ -143,26 +144,42 @@ class LossFunctionRegistry:
             raise LossConfigError(f"`loss_function.type` is a name, found {type_!r} ({type(type_).__name__})")
         if not all(isinstance(key, str) for key in settings):
             raise LossConfigError(f"loss '{type_}': hyperparameter names are text, found {list(settings)}")
-        loss_class = cls.find(type_, context.family)
+        return cls.build_class(cls.find(type_, context.family), settings, name=type_, context=context)
+
+    @classmethod
+    def build_class(
+        cls, loss_class: type[Loss], settings: Mapping[str, Any], *, name: str, context: BuildContext
+    ) -> Loss:
+        """Make a loss of a class, registered or not, as from a configuration.
+
+        Args:
+            loss_class: As `get` returns them.
+            settings: Hyperparameters, schedules among them.
+            name: What the loss is called.
+            context: What it is built for.
+
+        Raises:
+            LossConfigError: See `build`.
+        """
         if loss_class.family is not None and context.family not in (None, loss_class.family):
-            raise _wrong_family(type_, loss_class.family, context.family)
+            raise _wrong_family(name, loss_class.family, context.family)
         declared = loss_class.declared_hyperparameters()
         # Fields of the trainer's config mean what they say within its own family only.
         own = context.family is not None and loss_class.family == context.family
         defaults = context.defaults if own else {}
-        settings = _without_aliases(type_, loss_class, settings)
-        settings, schedules = take_schedules(type_, declared, settings)
-        values, origins = resolve(type_, declared, settings, defaults, context.defaults_from, context.untouched)
+        settings = _without_aliases(name, loss_class, settings)
+        settings, schedules = take_schedules(name, declared, settings)
+        values, origins = resolve(name, declared, settings, defaults, context.defaults_from, context.untouched)
         try:
             loss = loss_class.from_hyperparameters(values, context)
             put_schedules(loss, schedules, lambda changed: loss_class.from_hyperparameters(values | changed, context))
         except LossConfigError as error:
-            raise LossConfigError(f"loss '{type_}': {error}") from error
+            raise LossConfigError(f"loss '{name}': {error}") from error
         except Exception as error:  # whatever the constructor of somebody's loss raises
             raise LossConfigError(
-                f"loss '{type_}' rejected its hyperparameters {values}: {type(error).__name__}: {error}"
+                f"loss '{name}' rejected its hyperparameters {values}: {type(error).__name__}: {error}"
             ) from error
-        loss.name, loss.origins = type_, origins
+        loss.name, loss.origins = name, origins
         return loss
 
     @classmethod
@@ -174,11 +191,26 @@ class LossFunctionRegistry:
         if name in cls._functions:
             return cls._functions[name]
         if ":" in str(name):
-            loss = import_loss(name)
-            return _registered_class(loss) or as_loss_class(loss, {}, name, family=family)
+            return cls.class_of(import_loss(name), family, name)
         raise UnknownLossError(
             f"there is no loss named {name!r}{suggestion(str(name), cls._functions)}. Registered: "
             f"{', '.join(cls.names(family))}. A loss of your own is named by its import path, 'package.module:Loss'."
+        )
+
+    @classmethod
+    def class_of(cls, loss: Any, family: Family | None = None, name: str = "") -> type[Loss]:
+        """The loss class of a class or function, with the facts that it was registered with, if it was.
+
+        Args:
+            loss: The class or function.
+            family: Of a function that does not say its own.
+            name: For messages, if not its own.
+
+        Raises:
+            LossConfigError: It is no loss.
+        """
+        return _registered_class(loss) or as_loss_class(
+            loss, {}, name or getattr(loss, "__name__", repr(loss)), family=family
         )
 
     @classmethod
@@ -221,14 +253,8 @@ def _from_object(loss: Any, context: BuildContext) -> Loss:
     if inspect.isclass(loss):
         raise LossConfigError(f"expected a loss object, found the class {loss.__name__}: write `{loss.__name__}(...)`")
     if inspect.isfunction(loss):
-        loss_class = _registered_class(loss) or as_loss_class(loss, {}, loss.__name__, context.family)
-        declared = loss_class.declared_hyperparameters()
-        values, origins = resolve(
-            loss.__name__, declared, {}, context.defaults, context.defaults_from, context.untouched
-        )
-        built = loss_class.from_hyperparameters(values, context)
-        built.name, built.origins = loss.__name__, origins
-        return built
+        loss_class = LossFunctionRegistry.class_of(loss, context.family)
+        return LossFunctionRegistry.build_class(loss_class, {}, name=loss.__name__, context=context)
     if callable(loss):
         facts = facts_of(loss)
         facts.setdefault("family", context.family)

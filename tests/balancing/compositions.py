@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.losses.factories import Data, random_data
 from trl_custom_losses import (
     ComposableLossFunction,
     LossFunctionRegistry,
@@ -16,6 +15,7 @@ from trl_custom_losses import (
     PreferenceBatch,
     PreferenceLoss,
 )
+from trl_custom_losses.testing import Data, random_data
 
 
 class Reading(PreferenceLoss):

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.losses.factories import Data, random_data
 from trl_custom_losses import (
     ComposableLossFunction,
     LossConfigError,
@@ -23,6 +22,7 @@ from trl_custom_losses import (
     PreferenceLoss,
 )
 from trl_custom_losses.balancing.balancer import make_balancer
+from trl_custom_losses.testing import Data, random_data
 
 from .compositions import balanced, conflicting, step_data, take_step
 

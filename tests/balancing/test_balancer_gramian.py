@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from tests.losses.factories import Data, random_data
 from trl_custom_losses import Denominators, ModelOutputs
-from trl_custom_losses.balancing.balancer import gramian_of
+from trl_custom_losses.balancing.gramian import gramian_of
+from trl_custom_losses.testing import Data, random_data
 from trl_custom_losses.types import gradients_of
 
 from .compositions import balanced, explicit_gramian, take_step

@@ -6,16 +6,6 @@ from typing import Any
 
 from trl_custom_losses import LossFunctionRegistry
 
-#: Hyperparameters without a default, by loss.
-REQUIRED_HYPERPARAMETERS: dict[str, dict[str, Any]] = {
-    "exo_pair": {"label_smoothing": 0.1},
-    "dr_grpo": {"max_completion_length": 8},
-    "consistency": {"threshold": -0.5},
-    "multi_objective_dpo": {
-        "auxiliary_losses": {"perplexity": {}, "safety": {}},
-        "auxiliary_weights": {"perplexity": 0.3},
-    },
-}
 _COMPONENTS: dict[str, list[dict[str, Any]]] = {
     "preference": [{"type": "sigmoid", "weight": 0.7}, {"type": "sft", "weight": 0.2}],
     "policy": [{"type": "grpo", "weight": 0.7}, {"type": "dapo", "weight": 0.2}],
@@ -89,7 +79,7 @@ _VARIANTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
 def configs(family: str) -> dict[str, dict[str, Any]]:
     """A configuration of every registered loss of a family, and some variants, by test id."""
     found = {
-        name: {"type": name, **REQUIRED_HYPERPARAMETERS.get(name, {})}
+        name: {"type": name, **LossFunctionRegistry.get(name).example}
         for name in LossFunctionRegistry.names(family)
         if name not in ("composed", "clipped_loss", "dynamic_multi_objective")
     }

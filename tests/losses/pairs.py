@@ -11,8 +11,7 @@ from torch import Tensor
 
 from trl_custom_losses import Loss, ModelOutputs, PreferenceBatch
 from trl_custom_losses.reductions import evaluate, reduce_loss
-
-from .factories import Data, random_data
+from trl_custom_losses.testing import Data, random_data
 
 NAN = math.nan
 

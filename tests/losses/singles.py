@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from trl_custom_losses import Loss, ModelOutputs, PolicyBatch, PreferenceBatch
-
-from .factories import Data, random_data
+from trl_custom_losses.testing import Data, random_data
 
 
 def single_pair(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,6 +12,7 @@ from ..errors import LossConfigError
 from ..hyperparameters import check_choice, check_range, check_type, hyperparameters_of, resolve, suggestion
 from ..state import HostState, host, host_zeros
 from .gradients import AGGREGATORS, Aggregator
+from .gramian import cosines
 
 Source = Literal["previous", "current"]
 
@@ -82,12 +81,7 @@ class GradientBalancer(HostState):
 
     def cosines(self, gramian: Tensor) -> dict[str, float]:
         """Cosine between each two objectives' gradients, by metric name; none for a gradient of length 0."""
-        found = {}
-        for (i, first), (j, second) in itertools.combinations(enumerate(self.names), 2):
-            lengths = math.sqrt(gramian[i, i]) * math.sqrt(gramian[j, j])
-            if lengths > 0 and math.isfinite(lengths):
-                found[f"grad_cosine/{first}/{second}"] = float(gramian[i, j]) / lengths
-        return found
+        return cosines(self.names, gramian)
 
     def extra_repr(self) -> str:
         return f"{type(self.aggregator).__name__}, decay={self.decay}, gramian={self.source!r}"
@@ -118,16 +112,3 @@ def make_balancer(config: str | Mapping[str, Any], names: Sequence[str]) -> Grad
         return GradientBalancer(aggregator=AGGREGATORS[name](**options), names=names, decay=decay, source=source)
     except LossConfigError as error:
         raise LossConfigError(f"{where}: {error}") from error
-
-
-def gramian_of(gradients: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Inner products between the gradients of m losses, (m, m).
-
-    Args:
-        gradients: Of each loss, with respect to the same tensors.
-    """
-    products = []
-    for parts in zip(*gradients, strict=True):  # one tensor, all losses
-        flat = torch.stack([part.flatten() for part in parts])
-        products.append(flat @ flat.T)
-    return torch.stack(products).sum(0)

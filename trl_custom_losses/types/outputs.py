@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import MissingFieldError
 from ..fields import ExplainsMissingFields, optional
 from .common import gradients_of, masked_sum
 
@@ -116,7 +117,14 @@ class ModelOutputs(ExplainsMissingFields):
     @property
     def ref_logps(self) -> Tensor:
         """Reference log-probability of each completion, nats, (N,)."""
-        return self.ref_sums if self.has("ref_sums") else self._weighted_sum(self.ref_per_token_logps)
+        if self.has("ref_sums"):
+            return self.ref_sums
+        if not self.has("ref_per_token_logps"):
+            raise MissingFieldError(
+                "there are no reference log-probabilities here: the loss must declare `requires = {'ref_logps'}` "
+                "(preference) or `{'ref_per_token_logps'}` (policy) for the trainer to compute them"
+            )
+        return self._weighted_sum(self.ref_per_token_logps)
 
     @property
     def log_ratios(self) -> Tensor:

@@ -12,8 +12,7 @@ from trl_custom_losses import LossConfigError, ModelOutputs, PreferenceBatch, Ra
 from trl_custom_losses.losses.auxiliary import ConsistencyLoss
 from trl_custom_losses.losses.auxiliary.consistency import symmetric_kl
 from trl_custom_losses.reductions import reduce_loss
-
-from ..factories import Data, random_data
+from trl_custom_losses.testing import Data, random_data
 
 _STATES = [[1.0, 0.0], [1.0, 0.0], [0.6, 0.8]]  # cosines: 1 between the first two, 0.6 to the third
 

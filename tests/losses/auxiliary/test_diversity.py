@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from trl_custom_losses.losses.auxiliary import DiversityLoss
-
-from ..factories import Data, random_data
-from ..ranks import prepared_on_ranks
+from trl_custom_losses.testing import Data, random_data
+from trl_custom_losses.testing.ranks import prepared_on_ranks
 
 
 def _data(states: list[list[float]], prompts: list[int] | None = None, lengths: list[int] | None = None) -> Data:

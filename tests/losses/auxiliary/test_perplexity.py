@@ -10,8 +10,7 @@ from trl_custom_losses.losses.auxiliary import PerplexityLoss
 from trl_custom_losses.losses.preference import SFTLoss
 from trl_custom_losses.reductions import reduce_loss
 from trl_custom_losses.summaries import summarise
-
-from ..factories import random_data
+from trl_custom_losses.testing import random_data
 
 
 def _data() -> tuple[PreferenceBatch, ModelOutputs]:

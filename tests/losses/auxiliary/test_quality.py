@@ -8,9 +8,8 @@ from torch import Tensor
 
 from trl_custom_losses import Rollout
 from trl_custom_losses.losses.auxiliary import QualityLoss
-
-from ..factories import Data, random_data
-from ..ranks import prepared_on_ranks
+from trl_custom_losses.testing import Data, random_data
+from trl_custom_losses.testing.ranks import prepared_on_ranks
 
 _STATES = {"east": [2.0, 0.0], "north": [0.0, 5.0], "west": [-1.0, 0.0], "": [0.0, 0.0]}
 

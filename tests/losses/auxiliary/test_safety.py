@@ -11,8 +11,7 @@ from trl_custom_losses import LossConfigError, LossFunctionRegistry, ModelOutput
 from trl_custom_losses.losses.auxiliary import SafetyLoss
 from trl_custom_losses.losses.auxiliary.safety import unlikelihood
 from trl_custom_losses.reductions import reduce_loss
-
-from ..factories import random_data
+from trl_custom_losses.testing import random_data
 
 SCORER = "tests.losses.auxiliary.test_safety:scorer"
 

@@ -10,8 +10,7 @@ from torch import Tensor
 from trl_custom_losses import Denominators, Loss, LossFunctionRegistry
 from trl_custom_losses.losses.composite import ClippedLoss
 from trl_custom_losses.reductions import reduce_loss
-
-from ..factories import Data
+from trl_custom_losses.testing import Data
 
 FAMILIES = {"preference": "ipo", "policy": "grpo"}
 PER = ["batch", "sequence"]

@@ -10,8 +10,7 @@ from torch import Tensor
 from trl_custom_losses import Denominators, LossFunctionRegistry, Metric, ModelOutputs, PreferenceLoss
 from trl_custom_losses.balancing.rules import RULES
 from trl_custom_losses.losses.composite import DynamicMultiObjectiveLoss
-
-from ..factories import Data, random_data
+from trl_custom_losses.testing import Data, random_data
 
 OBJECTIVES = {"main": {"type": "sigmoid", "beta": 0.3}, "other": "sft"}
 #: What a rule needs, and makes it move from the first steps on.

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from trl_custom_losses import LossConfigError, LossFunctionRegistry, ModelOutputs, PolicyBatch, PolicyLoss, Rollout
 from trl_custom_losses.losses.composite import ClippedLoss
+from trl_custom_losses.testing import random_data
 
-from ..factories import random_data
 from ..singles import column_pairs
 from .clipped import FAMILIES, PER, build, gradient, rows_of, run
 

@@ -21,8 +21,8 @@ from trl_custom_losses import (
     PreferenceLoss,
 )
 from trl_custom_losses.losses.composite import ClippedLoss
+from trl_custom_losses.testing import Data, random_data
 
-from ..factories import Data, random_data
 from .clipped import FAMILIES, PER, build, gradient, gradient_after, run
 
 # The whole optimizer step

@@ -23,8 +23,7 @@ from trl_custom_losses import (
 )
 from trl_custom_losses.composition import merge_metrics
 from trl_custom_losses.reductions import FixedLengthMean, reduce_loss
-
-from ..factories import Data, random_data
+from trl_custom_losses.testing import Data, random_data
 
 
 class Reporting(PreferenceLoss):
@@ -206,7 +205,7 @@ def test_names_default_to_types() -> None:
         ([{"type": "sft", "weight": float("nan")}], "'weight': expected a finite number"),
         ([{"type": "sft", "weight": float("-inf")}], "'weight': expected a finite number"),
         ([{"type": "nothing"}], "there is no loss named 'nothing'"),
-        ([{"type": "sigmoid", "bta": 1.0}], "loss 'composed': loss 'sigmoid' has no hyperparameter 'bta'"),
+        ([{"type": "sigmoid", "bta": 1.0}], "component 1: loss 'sigmoid' has no hyperparameter 'bta'"),
     ],
     ids=str,
 )

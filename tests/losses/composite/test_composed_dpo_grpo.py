@@ -12,10 +12,10 @@ from trl_custom_losses import LossConfigError, LossFunctionRegistry
 from trl_custom_losses.losses.composite import ComposedDPOGRPOLoss
 from trl_custom_losses.losses.policy import GRPOLoss
 from trl_custom_losses.losses.preference import IPOLoss, SigmoidLoss
+from trl_custom_losses.testing import Data
 from trl_custom_losses.types import Metric
 
 from ...example_losses import restored_registry
-from ..factories import Data
 from ..pairs import assert_equal, gradient, sampled, shuffled, whole_pairs
 
 _SIDES = {"dpo": {"type": "sigmoid", "beta": 0.4}, "grpo": "grpo"}

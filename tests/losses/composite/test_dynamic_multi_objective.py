@@ -15,8 +15,8 @@ from trl_custom_losses.balancing.gradients import MGDA
 from trl_custom_losses.balancing.rules import RULES
 from trl_custom_losses.losses.composite import DynamicMultiObjectiveLoss
 from trl_custom_losses.losses.preference import SFTLoss, SigmoidLoss
+from trl_custom_losses.testing import random_data
 
-from ..factories import random_data
 from .dynamic import HOST_RULES, OBJECTIVES, OPTIONS, build, end_step, moving, observe, take_steps
 
 # Construction

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from trl_custom_losses.losses.composite import DynamicMultiObjectiveLoss
+from trl_custom_losses.testing import Data, random_data
 
-from ..factories import Data, random_data
 from .dynamic import build, end_step, observe
 
 pytestmark = pytest.mark.usefixtures("reporting")

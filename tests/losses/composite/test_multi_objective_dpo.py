@@ -13,8 +13,7 @@ from trl_custom_losses.losses.policy import GRPOLoss
 from trl_custom_losses.losses.preference import SigmoidLoss
 from trl_custom_losses.reductions import reduce_loss
 from trl_custom_losses.registry import BuildContext
-
-from ..factories import random_data
+from trl_custom_losses.testing import random_data
 
 
 def scorer(texts: list[str]) -> list[float]:

@@ -13,8 +13,7 @@ from trl_custom_losses.losses.policy import DAPOLoss, GRPOLoss
 from trl_custom_losses.reductions import reduce_loss
 from trl_custom_losses.registry import BuildContext
 from trl_custom_losses.schedules import Linear
-
-from ..factories import Data, random_data
+from trl_custom_losses.testing import Data, random_data
 
 
 def _build(family: Any = "policy", defaults: dict[str, Any] | None = None, **config: Any) -> MultiObjectiveGRPOLoss:
@@ -147,11 +146,11 @@ def test_objectives_are_balanced_where_asked() -> None:
         ({"base": {"type": "grpo", "epsilon": -1.0}}, "'epsilon'"),
         ({"base": {"name": "grpo"}}, "'base': expected a loss's name or a dict with 'type'"),
         ({"diversity_weight": "0.1"}, "'diversity_weight'"),
-        ({"diversity_weight": True}, "'weight': expected float, found True"),
-        ({"quality_weight": False}, "'weight': expected float, found False"),
+        ({"diversity_weight": True}, "'diversity_weight': expected float, found True"),
+        ({"quality_weight": False}, "'quality_weight': expected float, found False"),
         ({"quality_weight": float("nan")}, "finite"),
         ({"quality_weight": {"schedule": "lineal"}}, "there is no schedule 'lineal'"),
-        ({"quality_weight": {"start": 1.0}}, "'weight'"),
+        ({"quality_weight": {"start": 1.0}}, "'quality_weight'"),
         ({"balancing": "up"}, "up"),
         ({"weights": {}}, "no hyperparameter 'weights'"),
     ],

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from trl_custom_losses.losses.policy import BNPOLoss
+from trl_custom_losses.testing import random_data
 
-from ..factories import random_data
 from ..singles import on_policy_loss, token_losses
 
 

@@ -9,9 +9,8 @@ import torch
 
 from trl_custom_losses import LossConfigError
 from trl_custom_losses.losses.policy import DRAGRPOLoss
-
-from ..factories import Data, random_data
-from ..ranks import prepared_on_ranks
+from trl_custom_losses.testing import Data, random_data
+from trl_custom_losses.testing.ranks import prepared_on_ranks
 
 _ROOT = round(math.sqrt(0.5), 5)
 

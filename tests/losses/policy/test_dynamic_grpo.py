@@ -12,9 +12,8 @@ from trl_custom_losses.losses.policy import DynamicGRPOLoss
 from trl_custom_losses.losses.policy.dynamic_grpo import form_groups
 from trl_custom_losses.losses.policy.similarity import cosines
 from trl_custom_losses.reductions import reduce_loss
-
-from ..factories import Data, random_data
-from ..ranks import prepared_on_ranks
+from trl_custom_losses.testing import Data, random_data
+from trl_custom_losses.testing.ranks import prepared_on_ranks
 
 
 def _similarity(size: int, pairs: dict[tuple[int, int], float]) -> Tensor:

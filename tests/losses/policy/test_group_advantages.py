@@ -11,8 +11,7 @@ from torch import Tensor
 from trl_custom_losses import LossConfigError
 from trl_custom_losses.losses.policy import DynamicGRPOLoss
 from trl_custom_losses.losses.policy.group_advantages import group_advantages, weighted_rewards
-
-from ..factories import random_data
+from trl_custom_losses.testing import random_data
 
 NAN = float("nan")
 

@@ -14,10 +14,10 @@ from trl_custom_losses import Denominators, Loss, LossConfigError, LossFunctionR
 from trl_custom_losses.losses.policy.pair_halves import best_and_worst
 from trl_custom_losses.losses.policy.rollout_pairs import RolloutPairsLoss
 from trl_custom_losses.reductions import evaluate, reduce_loss
+from trl_custom_losses.testing import Data, random_data
+from trl_custom_losses.testing.ranks import prepared_on_ranks
 
-from ..factories import Data, random_data
 from ..pairs import COMPOSED, NAN, PAIRS, assert_equal, gradient, sampled, shuffled, whole_pairs
-from ..ranks import prepared_on_ranks
 
 BASES: dict[str, Any] = {
     "sigmoid": {"type": "sigmoid", "beta": 0.4},

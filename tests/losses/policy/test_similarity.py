@@ -9,8 +9,7 @@ from torch import Tensor
 
 from trl_custom_losses import LossConfigError, Rollout
 from trl_custom_losses.losses.policy.similarity import check_embedding, cosines, similarities, state_distance
-
-from ..factories import random_data
+from trl_custom_losses.testing import random_data
 
 _HERE = f"{__name__}:"
 

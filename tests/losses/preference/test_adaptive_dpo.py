@@ -22,8 +22,8 @@ from trl_custom_losses import (
 from trl_custom_losses.losses.preference import AdaptiveDPOLoss, SigmoidLoss
 from trl_custom_losses.reductions import evaluate
 from trl_custom_losses.registry import BuildContext
+from trl_custom_losses.testing import random_data
 
-from ..factories import random_data
 from ..singles import column_pairs, pair_loss
 
 MicroBatch = tuple[PreferenceBatch, ModelOutputs]

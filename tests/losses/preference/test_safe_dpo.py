@@ -9,8 +9,8 @@ from torch import Tensor
 from trl_custom_losses import LossConfigError
 from trl_custom_losses.losses.preference import SafeDPOLoss, SigmoidLoss
 from trl_custom_losses.reductions import reduce_loss
+from trl_custom_losses.testing import random_data
 
-from ..factories import random_data
 from ..singles import single_pair
 
 

@@ -45,6 +45,10 @@ class ConsistencyLoss(LogRatioLoss):
     Source: neighbours: the source tutorial; rdrop: Liang et al. 2021, arXiv:2106.14448.
     """
 
+    example = {"threshold": -0.5}  # the hidden states of random data are hardly alike
+
+    prefers_chosen = False
+
     def __init__(self, *, mode: Mode = "neighbours", threshold: float = 0.5, **options: Any) -> None:
         super().__init__(**options)
         self.mode = check_choice("mode", mode, Mode)

@@ -36,6 +36,7 @@ class PerplexityLoss(SFTLoss):
     def __init__(self, *, completions: Completions = "chosen") -> None:
         super().__init__()
         self.completions = check_choice("completions", completions, Completions)
+        self.prefers_chosen = completions == "chosen"
 
     def forward(self, batch: PreferenceBatch, model_outputs: ModelOutputs) -> tuple[Tensor, Metrics]:
         if self.completions == "both":

@@ -33,6 +33,7 @@ class QualityLoss(PolicyLoss):
     requires = frozenset({"pooled_hidden"})
     rollout_requires = frozenset({"pooled_hidden"})
     columns = ("target",)
+    column_examples = {"target": ("4", "blue", "a tree", "12 + 7")}
     surrogate = False
     reduction = "sequence_mean"
 

@@ -47,6 +47,7 @@ class SafetyLoss(PreferenceLoss):
     """
 
     columns = UNSAFE_COLUMNS
+    prefers_chosen = False
     reduction = "token_mean"
     f_divergence = "independent"
 

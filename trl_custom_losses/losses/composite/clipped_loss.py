@@ -51,6 +51,9 @@ class ClippedLoss(LossOfLosses):
     arXiv:1607.00133.
     """
 
+    stop_gradient = True
+    example = {"base_loss": {"type": "sigmoid"}}
+
     def __init__(self, *, base_loss: Loss | str | dict, max_grad_norm: float = 1.0, per: Per = "batch") -> None:
         super().__init__({"base": _build(base_loss, BuildContext())})
         self.max_grad_norm = check_range("max_grad_norm", max_grad_norm, above=0)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...base import Loss
 from ...composition import ComposableLossFunction, build_component, check_distinct
-from ...errors import LossConfigError
+from ...errors import LossConfigError, named
 from ...registry import BuildContext, LossFunctionRegistry
 from ...schedules import Schedule
 
@@ -30,6 +30,8 @@ class ComposedLoss(ComposableLossFunction):
 
     Source: DPO's `loss_type` lists with `loss_weights` are this sum (Wang et al. 2024, arXiv:2411.10442).
     """
+
+    example = {"components": [{"type": "sigmoid", "weight": 1.0}, {"type": "sft", "weight": 0.2}]}
 
     def __init__(self, *, components: list, balancing: str | dict | None = None) -> None:
         if not components:
@@ -64,8 +66,12 @@ def parse_component(component: Any, context: BuildContext, number: int) -> tuple
     settings = dict(component)
     name = settings.pop("name", settings["type"].replace(":", ".").rsplit(".", 1)[-1])
     weight = settings.pop("weight", 1.0)
+    if not isinstance(name, str):
+        raise LossConfigError(f"{where}: 'name' must be text without dots, found {name!r}")
+    with named(where):
+        declared = LossFunctionRegistry.find(settings["type"], context.family).declared_hyperparameters()
     for key in ("name", "weight"):
-        if key in LossFunctionRegistry.find(settings["type"], context.family).declared_hyperparameters():
+        if key in declared:
             raise LossConfigError(
                 f"{where}: '{key}' is a key of the component, but also a hyperparameter of '{settings['type']}'; "
                 "rename the hyperparameter"

@@ -7,6 +7,7 @@ from typing import Any
 
 from ...base import Loss
 from ...composition import ComposableLossFunction
+from ...errors import named
 from ...registry import BuildContext, LossFunctionRegistry
 
 
@@ -49,15 +50,15 @@ class ComposedDPOGRPOLoss(ComposableLossFunction):
         balancing: str | dict | None = None,
     ) -> None:
         sides = {
-            "dpo": LossFunctionRegistry.build({"type": "rollout_pairs", "base": dpo}, family="policy"),
-            "grpo": LossFunctionRegistry.build(grpo, family="policy"),
+            "dpo": _side("dpo", {"type": "rollout_pairs", "base": dpo}, BuildContext(family="policy")),
+            "grpo": _side("grpo", grpo, BuildContext(family="policy")),
         }
         super().__init__(sides, {"dpo": dpo_weight, "grpo": grpo_weight}, balancing=balancing)
 
     @classmethod
     def from_hyperparameters(cls, values: Mapping[str, Any], context: BuildContext) -> ComposedDPOGRPOLoss:
         """Build the `grpo` side with the trainer's config behind it."""
-        return cls(**{**values, "grpo": LossFunctionRegistry.build(values["grpo"], context=context)})
+        return cls(**{**values, "grpo": _side("grpo", values["grpo"], context)})
 
     # The registry moves scheduled hyperparameters by their names.
 
@@ -81,3 +82,8 @@ class ComposedDPOGRPOLoss(ComposableLossFunction):
 
     def extra_repr(self) -> str:
         return ", ".join([super().extra_repr(), *(f"{name}={schedule}" for name, schedule in self.schedules.items())])
+
+
+def _side(name: str, config: str | dict | Loss, context: BuildContext) -> Loss:
+    with named(f"'{name}'"):
+        return LossFunctionRegistry.build(config, context=context)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...balancing.gramian import watch_parts
 from ...balancing.rules import RULES, UncertaintyWeights
 from ...balancing.signals import SIGNALS, measure
 from ...base import Loss, Metrics
@@ -53,6 +54,8 @@ class DynamicMultiObjectiveLoss(ComposableLossFunction):
     Source: trend, the source tutorial; arXiv:1803.10704 (DWA), arXiv:1912.12355 (SoftAdapt), arXiv:2110.09813
     (ReLoBRaLo), arXiv:1705.07115 (uncertainty), arXiv:2406.04558 (nuPI).
     """
+
+    example = {"objectives": {"main": {"type": "sigmoid"}, "fluency": {"type": "sft"}}}
 
     def __init__(
         self,
@@ -168,6 +171,7 @@ class DynamicMultiObjectiveLoss(ComposableLossFunction):
         share = 1 / batch.denominators.micro_batches
         total = self.rule(torch.stack([contributions[name] for name in self.names]), share)
         weights = dict(zip(self.names, self.rule.tensor_weights(), strict=True))
+        watch_parts(self, self.gramian(contributions, batch, model_outputs), list(weights.values()))
         return total, self.metrics_of(contributions, weights, total, reported, batch)
 
     def contributions(self, batch: Batch, outputs: ModelOutputs) -> tuple[dict[str, Tensor], dict[str, Metrics]]:

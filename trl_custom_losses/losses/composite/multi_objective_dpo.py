@@ -41,6 +41,7 @@ class MultiObjectiveDPOLoss(ComposableLossFunction):
     """
 
     family = "preference"
+    example = {"auxiliary_losses": {"perplexity": {}, "safety": {}}, "auxiliary_weights": {"perplexity": 0.3}}
 
     def __init__(
         self,

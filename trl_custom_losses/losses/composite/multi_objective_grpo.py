@@ -9,8 +9,9 @@ from typing import Any
 from ...base import Loss
 from ...composition import ComposableLossFunction, build_component
 from ...errors import LossConfigError
+from ...hyperparameters import check_type
 from ...registry import BuildContext, LossFunctionRegistry
-from ...schedules import Schedule
+from ...schedules import Schedule, as_schedule, is_schedule
 from ..auxiliary.diversity import DiversityLoss
 from ..auxiliary.quality import QualityLoss
 
@@ -56,8 +57,8 @@ class MultiObjectiveGRPOLoss(ComposableLossFunction):
     ) -> None:
         main = _main(base, BuildContext(family="policy"))
         given = {"diversity": diversity_weight, "quality": quality_weight}
-        # Of a bool, `== 0` says little; the composition refuses it.
-        weights = {name: weight for name, weight in given.items() if isinstance(weight, bool) or weight != 0}
+        checked = {name: _checked(weight, f"'{name}_weight'") for name, weight in given.items()}
+        weights = {name: weight for name, weight in checked.items() if weight != 0}
         components = {"main_grpo": main} | {name: _AUXILIARY[name]() for name in weights}
         super().__init__(components, weights, balancing=balancing)
 
@@ -75,6 +76,10 @@ class MultiObjectiveGRPOLoss(ComposableLossFunction):
     def from_hyperparameters(cls, values: Mapping[str, Any], context: BuildContext) -> MultiObjectiveGRPOLoss:
         """Build the main loss, whose left-out hyperparameters fall back to the trainer's config."""
         return cls(**{**values, "base": _main(values["base"], context)})
+
+
+def _checked(weight: Any, where: str) -> float | Schedule:
+    return as_schedule(weight, float, where) if is_schedule(weight) else check_type(weight, float, where)
 
 
 def _main(base: str | dict | Loss, context: BuildContext) -> Loss:

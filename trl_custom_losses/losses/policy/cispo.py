@@ -19,7 +19,7 @@ class CISPOLoss(ImportanceWeightedLoss):
 
     loss_t = -min(w_t, epsilon_high).detach() A logp_t,  averaged over all tokens of the generation batch
 
-    Logs TRL's `cispo_clip_ratio`.
+    Logs TRL's `cispo_clip_ratio`, for positive advantages alone, and `clipped_sequences` where gradients are monitored.
 
     Args:
         epsilon: Taken for epsilon_high if that is None, as in TRL.
@@ -28,6 +28,8 @@ class CISPOLoss(ImportanceWeightedLoss):
 
     Source: MiniMax 2025, arXiv:2506.13585, with the upper cap alone as in arXiv:2510.13786.
     """
+
+    stop_gradient = True
 
     def __init__(self, *, epsilon: float = 0.2, epsilon_high: float | None = None, **options: Any) -> None:
         super().__init__(**options)
@@ -39,4 +41,6 @@ class CISPOLoss(ImportanceWeightedLoss):
         _, cap = clip_bounds(self.epsilon, self.epsilon_high)
         loss = -torch.clamp(ratio, max=cap) * batch.advantages * model_outputs.per_token_logps
         clipped = ((ratio > cap) & (batch.advantages > 0)).float()
-        return loss, {"cispo_clip_ratio": Metric(clipped, per="micro_batch")}
+        capped = (ratio > cap) & (batch.advantages != 0)
+        metrics = self.clipped_sequences(capped, model_outputs)
+        return loss, {"cispo_clip_ratio": Metric(clipped, per="micro_batch"), **metrics}

@@ -25,6 +25,8 @@ class DrGRPOLoss(GRPOLoss):
     Source: Liu et al. 2025, arXiv:2503.20783.
     """
 
+    example = {"max_completion_length": 256}
+
     def __init__(self, *, max_completion_length: int, **options: Any) -> None:
         super().__init__(**options)
         self.max_completion_length = int(check_range("max_completion_length", max_completion_length, at_least=1))

@@ -19,7 +19,7 @@ class GRPOLoss(ImportanceWeightedLoss):
 
     loss_t = -min(w_t A, clip(w_t, 1 - epsilon, 1 + epsilon_high) A),  w_t capped at delta in the first term
 
-    Logs TRL's `clip_ratio/*`.
+    Logs TRL's `clip_ratio/*`, and `clipped_sequences` where gradients are monitored.
 
     Args:
         epsilon: Lower clip range, >= 0.
@@ -48,7 +48,7 @@ class GRPOLoss(ImportanceWeightedLoss):
     def forward(self, batch: PolicyBatch, model_outputs: ModelOutputs) -> tuple[Tensor, Metrics]:
         below, above = clip_bounds(self.epsilon, self.epsilon_high)
         low, high = 1 - below, 1 + above
-        ratio = torch.exp(self.log_weights(model_outputs))
+        free = ratio = torch.exp(self.log_weights(model_outputs))
         clipped = torch.clamp(ratio, low, high)
         if self.delta is not None:
             ratio = torch.clamp(ratio, max=self.delta)
@@ -56,7 +56,11 @@ class GRPOLoss(ImportanceWeightedLoss):
         with torch.no_grad():
             low_clipped = ((ratio < low) & (batch.advantages < 0)).float()
             high_clipped = ((ratio > high) & (batch.advantages > 0)).float()
+            # Where the loss no longer follows the ratio: beyond `top` for A > 0, below `low` or beyond `cap` for A < 0.
+            top, cap = (high, torch.inf) if self.delta is None else (min(high, self.delta), max(high, self.delta))
+            held = torch.where(batch.advantages > 0, free > top, (free < low) | (free > cap)) & (batch.advantages != 0)
         return loss, {
+            **self.clipped_sequences(held, model_outputs),
             "clip_ratio/low_mean": Metric(low_clipped, per="micro_batch"),
             "clip_ratio/high_mean": Metric(high_clipped, per="micro_batch"),
             "clip_ratio/region_mean": Metric(low_clipped + high_clipped, per="micro_batch"),

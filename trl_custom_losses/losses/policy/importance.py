@@ -9,7 +9,7 @@ from torch import Tensor
 from ...base import PolicyLoss
 from ...errors import LossConfigError
 from ...hyperparameters import check_choice, check_range
-from ...types import ModelOutputs, masked_sum
+from ...types import Metric, ModelOutputs, masked_sum
 
 ImportanceLevel = Literal["token", "sequence"]
 
@@ -38,6 +38,18 @@ class ImportanceWeightedLoss(PolicyLoss):
     def log_weights(self, outputs: ModelOutputs) -> Tensor:
         """log w, (B, T) or (B, 1), nats, with gradient."""
         return log_importance_weights(outputs, self.importance_sampling_level)
+
+    def clipped_sequences(self, clipped: Tensor, outputs: ModelOutputs) -> dict[str, Metric]:
+        """`clipped_sequences`, which sequences have a token that is clipped, where gradients are watched; else nothing.
+
+        Args:
+            clipped: Whether the clip acts, on each token or sequence, (B, T) or (B, 1), bool.
+            outputs: Its mask tells which tokens count; a sequence without any does not.
+        """
+        if not self.watching:
+            return {}
+        scored = outputs.mask > 0
+        return {"clipped_sequences": Metric((clipped & scored).any(1).float(), mask=scored.any(1))}
 
 
 def log_importance_weights(outputs: ModelOutputs, level: ImportanceLevel) -> Tensor:

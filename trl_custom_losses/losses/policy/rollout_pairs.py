@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...base import Loss, Metrics, PolicyLoss
 from ...composition import merge_metrics
-from ...errors import LossConfigError
+from ...errors import LossConfigError, named
 from ...reductions import evaluate, reduce_loss
 from ...registry import BuildContext, LossFunctionRegistry
 from ...types import Metric, ModelOutputs, PolicyBatch, PreferenceBatch, Rollout
@@ -56,13 +56,12 @@ class RolloutPairsLoss(PolicyLoss):
     rollout_requires = _REFERENCE
     surrogate = False
     composite = True
+    stop_gradient = True
 
     def __init__(self, *, base: str | dict | Loss = "sigmoid") -> None:
         super().__init__()
-        try:
+        with named("'base', a preference loss"):
             self.base = LossFunctionRegistry.build(base, context=BuildContext(family="preference"))
-        except LossConfigError as error:
-            raise LossConfigError(f"'base', a preference loss: {error}") from error
         _check_base(self.base)
         self.requires = self.rollout_requires = _REFERENCE if self.base.requires else frozenset()
 

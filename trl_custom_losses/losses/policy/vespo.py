@@ -36,6 +36,7 @@ class VESPOLoss(ImportanceWeightedLoss):
     """
 
     uses_importance_sampling_ratio = True
+    stop_gradient = True
 
     def __init__(
         self,

@@ -38,6 +38,7 @@ class BFPOLoss(LogRatioLoss):
     """
 
     columns = UNSAFE_COLUMNS
+    prefers_chosen = False
 
     def __init__(self, *, b1: float = 3.0, alpha: float = 0.5, **options: Any) -> None:
         super().__init__(**options)

@@ -22,7 +22,8 @@ class DiscoPOPLoss(ScoreDifferenceLoss):
     z = beta (score_chosen - score_rejected),  m = sigmoid(z / tau)
     loss = -(1 - m) log sigmoid(z) + m exp(-z)
 
-    The paper's setting is beta = tau = 0.05.
+    The paper's setting is beta = tau = 0.05. The loss is not convex: its slope at z = 0 is (1 - log 2) / (4 tau) - 1/2,
+    so that for tau below 0.15 it rises there with the margin.
 
     Args:
         discopop_tau: Temperature tau of the modulation, > 0.
@@ -31,6 +32,8 @@ class DiscoPOPLoss(ScoreDifferenceLoss):
 
     Source: Lu et al. 2024, arXiv:2406.08414, equation 5.
     """
+
+    prefers_chosen = False
 
     def __init__(self, *, discopop_tau: float = 0.05, **options: Any) -> None:
         super().__init__(**options)

@@ -32,6 +32,8 @@ class EXOPairLoss(ScoreDifferenceLoss):
     Source: Ji et al. 2024, arXiv:2402.00856, equation 16.
     """
 
+    example = {"label_smoothing": 0.1}
+
     def __init__(self, *, label_smoothing: float, **options: Any) -> None:
         super().__init__(**options)
         self.label_smoothing = check_range("label_smoothing", label_smoothing, above=0, below=1)

@@ -26,5 +26,7 @@ class IPOLoss(ScoreDifferenceLoss):
     Source: Azar et al. 2023, arXiv:2310.12036, equation 17.
     """
 
+    largest_exponent = 40.0  # since scores are squared
+
     def forward(self, batch: PreferenceBatch, model_outputs: ModelOutputs) -> tuple[Tensor, Metrics]:
         return (self.mean_margin(model_outputs) - 1 / (2 * self.beta)) ** 2, {}

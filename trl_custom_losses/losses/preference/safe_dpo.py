@@ -39,6 +39,7 @@ class SafeDPOLoss(ScoreDifferenceLoss):
     """
 
     columns = UNSAFE_COLUMNS
+    prefers_chosen = False
 
     def __init__(self, *, delta: float = 10.0, **options: Any) -> None:
         super().__init__(**options)

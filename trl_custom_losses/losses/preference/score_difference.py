@@ -15,8 +15,8 @@ from .log_ratio import LogRatioLoss
 
 FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 
-# exp() is held at exp(80), where TRL holds the alpha-divergence scores; float32 overflows beyond exp(88).
-_MAX_EXPONENT = 80.0
+# exp() is held there, where TRL holds the alpha-divergence scores; float32 overflows beyond exp(88).
+_LARGEST_EXPONENT = 80.0
 
 
 class ScoreDifferenceLoss(LogRatioLoss):
@@ -37,6 +37,8 @@ class ScoreDifferenceLoss(LogRatioLoss):
     """
 
     f_divergence = "hyperparameter"
+    #: Scores are computed with exponents up to this.
+    largest_exponent = _LARGEST_EXPONENT
 
     def __init__(
         self,
@@ -51,7 +53,12 @@ class ScoreDifferenceLoss(LogRatioLoss):
 
     def scores(self, outputs: ModelOutputs) -> tuple[Tensor, Tensor]:
         """Scores of chosen and rejected completions, each (B,), before beta."""
-        chosen, rejected = f_prime(outputs.log_ratios, self.f_divergence_type, self.f_alpha_divergence_coef).chunk(2)
+        chosen, rejected = f_prime(
+            outputs.log_ratios,
+            self.f_divergence_type,
+            self.f_alpha_divergence_coef,
+            largest_exponent=self.largest_exponent,
+        ).chunk(2)
         return chosen, rejected
 
     def margin(self, outputs: ModelOutputs) -> Tensor:
@@ -66,7 +73,13 @@ class ScoreDifferenceLoss(LogRatioLoss):
         return chosen / chosen_lengths - rejected / rejected_lengths
 
 
-def f_prime(log_ratios: Tensor, divergence: FDivergence, coefficient: float) -> Tensor:
+def f_prime(
+    log_ratios: Tensor,
+    divergence: FDivergence,
+    coefficient: float,
+    *,
+    largest_exponent: float = _LARGEST_EXPONENT,
+) -> Tensor:
     """f'(exp(log_ratios)) of an f-divergence.
 
     reverse KL: log u;  forward KL: 1 - 1/u;  Jensen-Shannon: log(2u / (1 + u));  alpha: (u^(c - 1) - 1) / (c - 1)
@@ -75,17 +88,18 @@ def f_prime(log_ratios: Tensor, divergence: FDivergence, coefficient: float) -> 
         log_ratios: log u, any shape, nats.
         divergence: Which f.
         coefficient: c of the alpha-divergence.
+        largest_exponent: Where exponents are held.
     """
     if divergence == "forward_kl":
-        return 1 - bounded_exp(-log_ratios)
+        return 1 - bounded_exp(-log_ratios, largest_exponent)
     if divergence == "js_divergence":
         return math.log(2) + F.logsigmoid(log_ratios)
     if divergence == "alpha_divergence" and abs(coefficient - 1) >= 1e-6:  # its limit at 1 is reverse KL
         power = coefficient - 1
-        return (bounded_exp(power * log_ratios) - 1) / power
+        return (bounded_exp(power * log_ratios, largest_exponent) - 1) / power
     return log_ratios
 
 
-def bounded_exp(exponent: Tensor) -> Tensor:
-    """exp, constant from exp(80) on, so that neither value nor gradient overflows."""
-    return torch.exp(torch.clamp(exponent, max=_MAX_EXPONENT))
+def bounded_exp(exponent: Tensor, largest: float = _LARGEST_EXPONENT) -> Tensor:
+    """exp, constant from exp(largest) on, so that neither value nor gradient overflows."""
+    return torch.exp(torch.clamp(exponent, max=largest))

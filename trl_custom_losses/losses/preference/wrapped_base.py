@@ -7,7 +7,7 @@ from typing import Any
 
 from ...base import Loss
 from ...composition import build_component
-from ...errors import LossConfigError
+from ...errors import LossConfigError, named
 from ...registry import GIVEN_OBJECT, BuildContext, LossFunctionRegistry
 
 
@@ -15,7 +15,8 @@ def build_base(config: Any, beta: float, context: BuildContext) -> Loss:
     """Build the wrapped loss from a name or a dict with `type`, with `beta`."""
     settings = dict(config) if isinstance(config, Mapping) else {"type": config}
     if isinstance(settings.get("type"), str):
-        loss_class = LossFunctionRegistry.find(settings["type"], context.family)
+        with named("'base'"):
+            loss_class = LossFunctionRegistry.find(settings["type"], context.family)
         given = [key for key in settings if loss_class.aliases.get(key, key) == "beta"]
         if given:
             raise LossConfigError(f"'base': adaptive_dpo sets its beta; move '{given[0]}' out of 'base'")

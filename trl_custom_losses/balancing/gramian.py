@@ -1,0 +1,111 @@
+"""Inner products between the gradients of losses, with respect to the tensors through which they reach the model."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..base import Loss
+from ..types import ModelOutputs, PolicyBatch, PreferenceBatch
+
+#: What a watched loss observes: products of its components' gradients, before and with their weights.
+WATCHED, WATCHED_WEIGHTED = "watched gradients", "watched weighted gradients"
+
+
+def gramian_of(gradients: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Inner products between the gradients of m losses, (m, m).
+
+    Args:
+        gradients: Of each loss, with respect to the same tensors.
+    """
+    products = []
+    for parts in zip(*gradients, strict=True):  # one tensor, all losses
+        flat = torch.stack([part.flatten() for part in parts])
+        products.append(flat @ flat.T)
+    return torch.stack(products).sum(0)
+
+
+def step_gramian(
+    contributions: Collection[Tensor], batch: PreferenceBatch | PolicyBatch, outputs: ModelOutputs
+) -> Tensor:
+    """What a micro-batch adds to the optimizer step's inner products between m gradients, (m, m).
+
+    Micro-batches and ranks hold different rows, so that theirs add up to the step's.
+
+    Args:
+        contributions: The micro-batch's share of each loss, m scalars.
+        batch: Its denominators tell what becomes of the contributions.
+        outputs: That they were computed from, with at least one anchor.
+    """
+    return gramian_of([outputs.gradients(part) for part in contributions]) * batch.denominators.step_fraction**2
+
+
+def cosines(names: Sequence[str], gramian: Tensor) -> dict[str, float]:
+    """Cosine between each two gradients, by metric name; none for a gradient of length 0.
+
+    Args:
+        names: Of the m gradients.
+        gramian: (m, m), on the host.
+    """
+    found = {}
+    for (i, first), (j, second) in itertools.combinations(enumerate(names), 2):
+        lengths = math.sqrt(gramian[i, i]) * math.sqrt(gramian[j, j])
+        if lengths > 0 and math.isfinite(lengths):
+            found[f"grad_cosine/{first}/{second}"] = float(gramian[i, j]) / lengths
+    return found
+
+
+def watch_parts(loss: Loss, gramian: Tensor | None, weights: Sequence[float | Tensor]) -> None:
+    """Let a composition observe its parts' gradients, if it is watched.
+
+    Args:
+        loss: The composition.
+        gramian: The micro-batch's, of the parts before their weights, (m, m); None where there is nothing to see.
+        weights: Of the parts in this micro-batch, m of them.
+    """
+    if gramian is None or not loss.watching:
+        return
+    scale = torch.stack([w if isinstance(w, Tensor) else gramian.new_full((), w) for w in weights])
+    loss.observe(WATCHED, gramian)
+    loss.observe(WATCHED_WEIGHTED, torch.outer(scale, scale) * gramian)
+
+
+def watch_whole(loss: Loss, contribution: Tensor, batch: PreferenceBatch | PolicyBatch, outputs: ModelOutputs) -> None:
+    """Let a trainer's loss observe its gradient, if it is watched and no composition in it observes the parts'.
+
+    Args:
+        loss: The trainer's.
+        contribution: Its share of the micro-batch, a scalar.
+        batch, outputs: That it was computed on.
+    """
+    if loss.watching and outputs.anchors() and not any(part.watches_parts for part in loss.tree()):
+        loss.observe(WATCHED, step_gramian([contribution], batch, outputs))
+
+
+def watched_metrics(loss: Loss, observed: Mapping[str, Tensor]) -> dict[str, float]:
+    """Norms and cosines of gradients over an optimizer step, by metric name.
+
+    Args:
+        loss: That observed them.
+        observed: Sums over micro-batches and ranks, on the host; those of `WATCHED` and `WATCHED_WEIGHTED` count.
+    """
+    if WATCHED not in observed:
+        return {}
+    gramian = observed[WATCHED]
+    names = [name for name, _ in loss.components()] if loss.watches_parts else [loss.name]
+    found = {f"grad_norm/{name}": _root(square) for name, square in zip(names, gramian.diagonal(), strict=True)}
+    if WATCHED_WEIGHTED in observed:
+        weighted = observed[WATCHED_WEIGHTED]
+        for name, square in zip(names, weighted.diagonal(), strict=True):
+            found[f"grad_norm_weighted/{name}"] = _root(square)
+        found["grad_norm/total"] = _root(weighted.sum())
+    return found | cosines(names, gramian)
+
+
+def _root(square: Tensor) -> float:
+    # Rounding can leave the square of a sum that cancels slightly below 0; NaN stays NaN.
+    return math.sqrt(value) if not (value := float(square)) < 0 else 0.0
