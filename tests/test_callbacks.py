@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tests import tiny
-from tests.losses.factories import random_data
 from tests.trainers.grpo_parity import build_custom, rollout
 from trl_custom_losses import (
     ComposableLossFunction,
@@ -25,6 +24,7 @@ from trl_custom_losses import (
 )
 from trl_custom_losses.callbacks import LossFunctionCallback
 from trl_custom_losses.losses.preference import SigmoidLoss
+from trl_custom_losses.testing import random_data
 
 
 class Events:

@@ -13,6 +13,7 @@ from typing import Any
 
 from tests import tiny
 from trl_custom_losses import CustomDPOConfig, CustomDPOTrainer, LossConfigError
+from trl_custom_losses.callbacks import GradientMonitorCallback
 from trl_custom_losses.trainers.launch import leave_process_group
 
 OBJECTIVES = {"pref": {"type": "sigmoid", "beta": 1.0}, "sft": {"type": "sft"}}
@@ -47,17 +48,28 @@ def outcome(trainer: CustomDPOTrainer) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run both trainings and the refusal."""
+    """Run both trainings, the second one monitored, and the refusals."""
     model, output = Path(sys.argv[1]), Path(sys.argv[2])
     whole = make(model, output / "whole", MOVING, save_strategy="steps", save_steps=2)
     whole.train()
     resumed = make(model, output / "resumed", MOVING)
+    resumed.add_callback(GradientMonitorCallback(every=1))
     resumed.train(resume_from_checkpoint=str(output / "whole" / "checkpoint-2"))
     try:
         refused = str(make(model, output / "refused", LEARNED))
     except LossConfigError as error:
         refused = str(error)
+    sharded = make(model, output / "sharded", MOVING)
+    sharded.add_callback(GradientMonitorCallback(every=1, layers=True))
+    try:
+        hidden = str(sharded.train())
+    except LossConfigError as error:
+        hidden = str(error)
+    norms = [
+        entry["grad_norm/pref"] for entry in resumed.state.log_history if entry.get("step", 0) > 2 and "loss" in entry
+    ]
     result = {"whole": outcome(whole), "resumed": outcome(resumed), "refused": refused}
+    result |= {"norms": norms, "hidden": hidden}
     (output / f"rank{os.environ['RANK']}.json").write_text(json.dumps(result))
 
 

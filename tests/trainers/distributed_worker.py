@@ -25,6 +25,7 @@ from trl_custom_losses import (
     CustomGRPOTrainer,
     PolicyLoss,
 )
+from trl_custom_losses.callbacks import GradientMonitorCallback
 from trl_custom_losses.losses.preference import SigmoidLoss
 from trl_custom_losses.trainers.launch import leave_process_group
 
@@ -117,7 +118,7 @@ ADAPTIVE: dict[str, dict[str, Any]] = {
 # These act on a micro-batch's own neighbours, margin or angles, so they depend on how a batch is accumulated.
 COUPLED = ("dpo_consistency", "dpo_current", "dpo_lag0")
 
-# Name -> family, loss (None: TRL's own through its stock trainer), accumulation, LoRA, further config.
+# Name -> family, loss (None: TRL's own through its stock trainer), accumulation, LoRA, monitor, further config.
 CASES: dict[str, dict[str, Any]] = {
     "dpo_stock": {"family": "dpo", "loss": None},
     "dpo_sigmoid": {"family": "dpo", "loss": "sigmoid"},
@@ -133,6 +134,14 @@ CASES: dict[str, dict[str, Any]] = {
     "grpo_dr_grpo_lora": {"family": "grpo", "loss": "dr_grpo", "accumulation": 2, "lora": True},
     "grpo_ranked": {"family": "grpo", "loss": RankedLoss(), "accumulation": 2},
 }
+for _name, _loss in (("dpo_monitored", COMPONENTS), ("grpo_monitored", POLICIES)):
+    for _accumulation in (1, 2):
+        CASES[_name if _accumulation == 1 else f"{_name}_accumulated"] = {
+            "family": _name.split("_")[0],
+            "loss": {"type": "composed", "components": _loss},
+            "accumulation": _accumulation,
+            "monitor": {"every": 1, "layers": True},
+        }
 for _name, _case in ADAPTIVE.items():
     CASES[_name] = {"family": _name.split("_")[0], **_case}
     if _name not in COUPLED:
@@ -178,6 +187,8 @@ def run(case: dict[str, Any], model_path: Path, output: Path, world: int) -> dic
     }
     if case["loss"] is not None:
         common["loss_function"] = case["loss"]
+    if "monitor" in case:
+        common["callbacks"] = [GradientMonitorCallback(**case["monitor"])]
     if case.get("given"):
         torch.manual_seed(100 + int(os.environ.get("RANK", "0")))
         common["loss_function"] = RandomScale(beta=0.5)

@@ -32,6 +32,9 @@ TRL_METRICS = {
     "rewards/margins",
 }
 
+#: What the custom trainer logs besides.
+OUR_METRICS = {"rewards/margins/std", "rewards/margins/min", "rewards/margins/max"}
+
 #: Differ between two equal runs.
 _TIMINGS = ("runtime", "per_second", "preparation_time", "total_flos")
 

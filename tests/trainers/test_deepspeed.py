@@ -22,3 +22,5 @@ def test_state_is_saved_and_continues_under_zero(stage, tmp_path, dense_model):
     weights = [entry["pref_weight"] for entry in first["whole"]["logs"]]
     assert weights[0] != weights[1]
     assert "learns rule.log_variances" in first["refused"] and "DEEPSPEED" in first["refused"]
+    assert first["norms"] == second["norms"] and len(first["norms"]) == 2 and min(first["norms"]) > 0
+    assert "whole gradients of the model's parameters on every process, found DEEPSPEED" in first["hidden"]

@@ -8,7 +8,7 @@ import pytest
 
 from trl_custom_losses import LossFunctionRegistry
 
-from .parity import LOSS_TYPES, TRL_METRICS, assert_parity
+from .parity import LOSS_TYPES, OUR_METRICS, TRL_METRICS, assert_parity
 
 # Away from the defaults, so that a hyperparameter that does not arrive, or acts where it should not, shows.
 OPTIONS = {"beta": 0.3, "label_smoothing": 0.15, "discopop_tau": 0.7}
@@ -21,7 +21,7 @@ def test_every_trl_loss_type_is_registered() -> None:
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_dense_loss_gradients_and_metrics_equal_trl(loss_type: str, dense_model: Path, run_arguments: dict) -> None:
     step = assert_parity(dense_model, run_arguments | OPTIONS, loss_type, {"loss_type": [loss_type]})
-    assert step.metrics.keys() == TRL_METRICS | {"epoch", "step"}  # and nothing of ours
+    assert step.metrics.keys() == TRL_METRICS | OUR_METRICS | {"epoch", "step"}  # and nothing of the loss
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)

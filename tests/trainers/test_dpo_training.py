@@ -14,6 +14,7 @@ from tests import tiny
 from trl_custom_losses import CustomDPOConfig, CustomDPOTrainer
 
 from .parity import (
+    OUR_METRICS,
     TRL_METRICS,
     assert_identical,
     assert_same_logs,
@@ -132,7 +133,7 @@ def test_evaluation_equals_trl(loss_type: str, batch_size: int, dense_model: Pat
     ours = custom(dense_model, config, loss_type, eval_dataset=evaluation)
     expected, found = theirs.evaluate(), ours.evaluate()
     assert expected.keys() >= {f"eval_{name}" for name in TRL_METRICS - {"num_tokens"}} | {"eval_loss"}
-    assert found.keys() == expected.keys()
+    assert found.keys() == expected.keys() | {f"eval_{name}" for name in OUR_METRICS}
     assert_same_logs(ours, theirs)
     assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
 
@@ -229,6 +230,6 @@ def test_compute_metrics_sees_the_logits_that_trl_passes(
     theirs = stock(dense_model, config, **arguments)
     ours = custom(dense_model, config, "sigmoid", **arguments)
     expected, found = theirs.evaluate(), ours.evaluate()
-    assert found.keys() == expected.keys() and found["eval_rows"] == 8
+    assert found.keys() == expected.keys() | {f"eval_{name}" for name in OUR_METRICS} and found["eval_rows"] == 8
     assert_same_logs(ours, theirs)
     torch.testing.assert_close(seen[1], seen[0])

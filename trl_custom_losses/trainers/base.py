@@ -13,7 +13,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import get_config_model_id
 
 from ..base import Loss
-from ..callbacks import LossFunctionCallback
+from ..callbacks import LossFunctionCallback, RunReportCallback
+from ..callbacks.gradient_monitor import monitored
 from ..errors import LossConfigError, NonFiniteLossError
 from ..types import Ranks
 from .announce import describe, logger, surprises
@@ -147,6 +148,14 @@ class LossFunctionTrainer(ResumableTrainer):
                 f"ranks, found per_device_train_batch_size x processes = {size}"
             )
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's; see `ResumableTrainer.train` for the checkpoint to resume from."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, RunReportCallback) and self.loss_function is not None:
+                callback.loss = inspect.cleandoc(describe(self.loss_function))
+        with monitored(self.callback_handler.callbacks, self.loss_function, self.accelerator, self._log_step):
+            return super().train(*args, **kwargs)
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """TRL's, which also trains what the loss learns."""
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -154,7 +163,7 @@ class LossFunctionTrainer(ResumableTrainer):
             add_to_optimizer(self.loss_function, optimizer)
         return optimizer
 
-    def _log_step(self, metrics: Mapping[str, float]) -> None:
+    def _log_step(self, metrics: Mapping[str, float | Tensor]) -> None:
         """Buffer metrics that are equal on all ranks."""
         named = self._named(metrics)
         self._buffers["train"].add({name: (value, 1.0, "log", "mean") for name, value in named.items()})

@@ -82,9 +82,19 @@ def parse_loss_function(value: Any) -> Any:
     if not isinstance(value, str) or not value.lstrip().startswith("{"):
         return value
     try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise LossConfigError(f"`loss_function` is not valid JSON ({error}): {value}") from error
+        return json.loads(value, object_pairs_hook=_without_repeats)
+    except LossConfigError:
+        raise
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and endless nesting
+        raise LossConfigError(f"`loss_function` is not valid JSON ({error}): {value[:500]}") from error
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as a dict; of a key that is given twice, a dict would keep the last."""
+    for number, (key, _) in enumerate(pairs):
+        if any(key == other for other, _ in pairs[:number]):
+            raise LossConfigError(f"`loss_function`: the key {key!r} is given twice in one JSON object")
+    return dict(pairs)
 
 
 def build_loss(loss_function: Any, config: DPOConfig | GRPOConfig) -> Loss:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from trl import DPOTrainer
 
+from ..balancing.gramian import watch_whole
 from ..reductions import evaluate, reduce_loss
 from ..summaries import summarise
 from ..types import Denominators, ModelOutputs, PreferenceBatch, masked_sum
@@ -18,6 +20,9 @@ from .columns import COLUMN_PREFIX, ColumnCollator
 from .config import CustomDPOConfig
 from .forward import PolicyForward, RecordingModel, keep_differentiable
 from .reference_adapter import check_saving, reference_adapter
+
+#: Means over the pairs of the margin and of its square, from which its standard deviation is made.
+_PAIR_MEAN, _PAIR_SQUARE = "rewards/margins/pair_mean", "rewards/margins/pair_square"
 
 
 class CustomDPOTrainer(LossFunctionTrainer, DPOTrainer):
@@ -140,6 +145,7 @@ class CustomDPOTrainer(LossFunctionTrainer, DPOTrainer):
         )
         raw, metrics = evaluate(loss_function, batch, outputs)
         loss = reduce_loss(loss_function, raw, batch)
+        watch_whole(loss_function, loss, batch, outputs)
         watched = {"per_token_logps": outputs.per_token_logps, "ref_logps": outputs.ref_logps}
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * output.aux_loss
@@ -200,6 +206,7 @@ class CustomDPOTrainer(LossFunctionTrainer, DPOTrainer):
             chosen_rewards, rejected_rewards = (beta * outputs.log_ratios).chunk(2)
             chosen_logps, rejected_logps = outputs.logps.chunk(2)
             correct = output.is_top1[:, -length:][: chosen_mask.size(0)]
+            margins = chosen_rewards - rejected_rewards
             pairs = float(chosen_rewards.numel())
             sums: dict[str, tuple[Tensor, Tensor | float]] = {
                 "entropy": (outputs.entropies.sum(), mask.sum()),
@@ -209,7 +216,7 @@ class CustomDPOTrainer(LossFunctionTrainer, DPOTrainer):
                 "rewards/chosen": (chosen_rewards.sum(), pairs),
                 "rewards/rejected": (rejected_rewards.sum(), pairs),
                 "rewards/accuracies": ((chosen_rewards > rejected_rewards).float().sum(), pairs),
-                "rewards/margins": ((chosen_rewards - rejected_rewards).sum(), pairs),
+                "rewards/margins": (margins.sum(), pairs),
                 "logps/chosen": (chosen_logps.sum(), pairs),
                 "logps/rejected": (rejected_logps.sum(), pairs),
             }
@@ -218,7 +225,20 @@ class CustomDPOTrainer(LossFunctionTrainer, DPOTrainer):
             if mode == "train":
                 self._local_tokens = self._local_tokens + inputs["attention_mask"].sum()
         stock = {name: (total, count, "micro_batch", "mean") for name, (total, count) in sums.items()}
-        self._buffers[mode].add(stock | extra)
+        self._buffers[mode].add(stock | self._spread(margins) | extra)
+
+    @staticmethod
+    def _spread(margins: Tensor) -> dict[str, tuple[Tensor, float, str, str]]:
+        """What the spread of the margins over all pairs since the last log is made of; margins (B,), detached."""
+        # Squares of float32 lose the spread where it is small beside the mean; mps has no float64.
+        exact = margins if margins.device.type == "mps" else margins.double()
+        pairs = float(margins.numel())
+        return {
+            _PAIR_MEAN: (exact.sum(), pairs, "log", "mean"),
+            _PAIR_SQUARE: (exact.square().sum(), pairs, "log", "mean"),
+            "rewards/margins/min": (margins.amin(), pairs, "log", "min"),
+            "rewards/margins/max": (margins.amax(), pairs, "log", "max"),
+        }
 
     def _abandon_step(self) -> None:
         super()._abandon_step()
@@ -235,4 +255,10 @@ class CustomDPOTrainer(LossFunctionTrainer, DPOTrainer):
     def _store_metrics(self, mode: str, reduced: Mapping[str, float]) -> None:
         tokens = round(reduced["num_tokens"] * self.accelerator.num_processes)
         self._total_train_tokens += tokens // self._tp_size
-        super()._store_metrics(mode, {**reduced, "num_tokens": self._total_train_tokens})
+        stored = {**reduced, "num_tokens": self._total_train_tokens}
+        mean, square = stored.pop(_PAIR_MEAN, None), stored.pop(_PAIR_SQUARE, None)
+        if mean is not None and square is not None:
+            variance = square - mean * mean
+            # Rounding can leave a variance of 0 slightly below it; NaN stays NaN.
+            stored["rewards/margins/std"] = 0.0 if variance < 0 else math.sqrt(variance)
+        super()._store_metrics(mode, stored)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from trl import GRPOTrainer
 from trl.extras.profiling import profiling_decorator
 
+from ..balancing.gramian import watch_whole
 from ..losses.policy.importance import log_importance_weights
 from ..reductions import evaluate, reduce_loss, reduce_values
 from ..summaries import summarise
@@ -144,6 +145,7 @@ class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
 
         raw, metrics = evaluate(loss_function, batch, outputs)
         loss = reduce_loss(loss_function, raw, batch)
+        watch_whole(loss_function, loss, batch, outputs)
         kl = self._per_token_kl(outputs)
         if kl is not None:
             loss = loss + self.beta * reduce_values(kl, batch, loss_function.kl_reduction)

@@ -30,6 +30,7 @@ from trl import (
 )
 from trl.scripts.grpo import GRPOScriptArguments
 
+from ..adapters import look_in
 from ..errors import CheckpointError, LossConfigError
 from ..hyperparameters import suggestion
 from .announce import logger
@@ -86,23 +87,19 @@ def parse(
 
 
 def look_beside_the_caller() -> None:
-    """Let losses and rewards be named by import paths into the working directory.
-
-    It is searched last, so that no file there takes the place of a library.
-    """
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    """Let losses and rewards be named by import paths into the working directory."""
+    look_in(os.getcwd())
 
 
-def train_dpo(arguments: Sequence[str] | None = None) -> CustomDPOTrainer:
+def train_dpo(arguments: Sequence[str] | None = None, prog: str = "train_dpo") -> CustomDPOTrainer:
     """Train with DPO as the arguments say; returns the trainer after training and saving."""
-    parsed = parse(arguments, ScriptArguments, CustomDPOConfig, prog="train_dpo")
+    parsed = parse(arguments, ScriptArguments, CustomDPOConfig, prog=prog)
     return _run(CustomDPOTrainer, parsed)
 
 
-def train_grpo(arguments: Sequence[str] | None = None) -> CustomGRPOTrainer:
+def train_grpo(arguments: Sequence[str] | None = None, prog: str = "train_grpo") -> CustomGRPOTrainer:
     """Train with GRPO as the arguments say; returns the trainer after training and saving."""
-    parsed = parse(arguments, GRPOScriptArguments, CustomGRPOConfig, prog="train_grpo")
+    parsed = parse(arguments, GRPOScriptArguments, CustomGRPOConfig, prog=prog)
     script = parsed[0]
     rewards = [script.reward_model_name_or_path] if script.reward_model_name_or_path else []
     rewards += [load_reward(name) for name in script.reward_funcs or []]

@@ -26,8 +26,8 @@ class MetricBuffer:
 
     A metric averaged per "log" is the total sum over the total count since the last log. One per "micro_batch" is
     the mean over micro-batches of each one's sum over count, both taken over all ranks: the value TRL logs. "min" and
-    "max" are taken over all ranks' sequences of a micro-batch and then averaged over micro-batches. "exp" is the
-    exponential of what is averaged per "log".
+    "max" per "micro_batch" are taken over all ranks' sequences of a micro-batch and then averaged over micro-batches;
+    per "log" they are those of everything since the last log. "exp" is the exponential of what is averaged per "log".
 
     Args:
         device: Where the metrics are kept.
@@ -41,9 +41,10 @@ class MetricBuffer:
         self._totals: dict[str, list[float]] = {}  # name -> sum, count
         self._exponentials: set[str] = set()  # names of `_totals`
         self._means: dict[str, list[float]] = {}  # name -> sum of micro-batches' values, their number
+        self._extrema: dict[str, float] = {}  # name -> lowest or highest value since the last log
 
     def __bool__(self) -> bool:
-        return bool(self._rows or self._totals or self._means)
+        return bool(self._rows or self._totals or self._means or self._extrema)
 
     def add(self, metrics: Mapping[str, tuple[Tensor, Tensor | float, str, str]]) -> None:
         """Add one micro-batch.
@@ -81,7 +82,8 @@ class MetricBuffer:
         result = {name: total / count for name, (total, count) in self._totals.items() if count}
         result |= {name: _exp(result[name]) for name in self._exponentials & result.keys()}
         result |= {name: total / count if count else math.nan for name, (total, count) in self._means.items()}
-        self._totals, self._means, self._exponentials = {}, {}, set()
+        result |= self._extrema
+        self._totals, self._means, self._exponentials, self._extrema = {}, {}, set(), {}
         return result
 
     def _merge(self, gather: Callable[[Tensor], Tensor]) -> None:
@@ -111,6 +113,10 @@ class MetricBuffer:
             lowest, highest = block[..., 0].amin(0).tolist(), block[..., 0].amax(0).tolist()
             for index, key in enumerate(keys):
                 total, count = summed[index]
+                extremum = lowest[index] if key.reduce == "min" else highest[index]
+                if key.per == "log" and key.reduce in ("min", "max"):
+                    self._extrema[key.name] = _further(key.reduce, self._extrema.get(key.name), extremum)
+                    continue
                 if key.per == "log":
                     running = self._totals.setdefault(key.name, [0.0, 0.0])
                     running[0] += total
@@ -119,13 +125,17 @@ class MetricBuffer:
                         self._exponentials.add(key.name)
                     continue
                 running = self._means.setdefault(key.name, [0.0, 0])
-                if key.reduce == "mean":
-                    value = total / count if count else 0.0
-                else:
-                    value = lowest[index] if key.reduce == "min" else highest[index]
+                value = extremum if key.reduce != "mean" else total / count if count else 0.0
                 if math.isfinite(value) or key.reduce == "mean":  # an extremum over no sequence is infinite
                     running[0] += value
                     running[1] += 1
+
+
+def _further(reduce: str, so_far: float | None, value: float) -> float:
+    """The lower or the higher of two values; NaN if either is."""
+    if so_far is None or math.isnan(value):  # Python's own `min` and `max` keep a NaN only if it comes first
+        return value
+    return (min if reduce == "min" else max)(so_far, value)
 
 
 def _exp(value: float) -> float:

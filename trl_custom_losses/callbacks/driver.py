@@ -1,4 +1,4 @@
-"""Callbacks of the Trainer: the driver that takes a loss through a run."""
+"""The driver that takes a loss through a run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .base import Loss
-from .composition import merge_metrics
+from ..balancing.gramian import WATCHED, WATCHED_WEIGHTED, watched_metrics
+from ..base import Loss
+from ..composition import merge_metrics
 
 
 class LossFunctionCallback(TrainerCallback):
@@ -58,7 +59,7 @@ class LossFunctionCallback(TrainerCallback):
         losses = self.loss.tree()
         seen = [loss.take_observed() for loss in losses]
         # A collective, so that whether it happens must not depend on what this rank has observed.
-        summed = any(loss.observes for loss in losses)
+        summed = any(loss.observes or loss.watched for loss in losses)
         observed = self._sum_over_ranks(seen) if summed else [{} for _ in losses]
         # The Trainer has counted the step already.
         metrics = _end_step(self.loss, state.global_step - 1, iter(observed))
@@ -90,6 +91,8 @@ class LossFunctionCallback(TrainerCallback):
 
 def _end_step(loss: Loss, step: int, observed: Iterator[Mapping[str, Tensor]]) -> dict[str, Any]:
     """Tell a loss and its parts, in the order of `tree`, that a step ended; metrics are named as in a forward pass."""
-    own = dict(loss.on_step_end(step, next(observed)) or {})
+    seen = dict(next(observed))
+    watched = {name: seen.pop(name) for name in (WATCHED, WATCHED_WEIGHTED) if name in seen}
+    own = dict(loss.on_step_end(step, seen) or {}) | watched_metrics(loss, watched)
     parts = {name: _end_step(component, step, observed) for name, component in loss.components()}
     return own | merge_metrics(parts, taken=own)
