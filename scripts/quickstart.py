@@ -38,6 +38,7 @@ from trl_custom_losses import (
     CustomGRPOTrainer,
     LossConfigError,
 )
+from trl_custom_losses.callbacks import RunReportCallback
 
 # `sigmoid` alone makes the wrong answers less likely, but the right ones with them; the `sft` term holds those up.
 # `--dpo-loss sigmoid` and `--dpo-loss sft` show what each does alone.
@@ -183,15 +184,26 @@ TRAINERS = {"dpo": dpo_trainer, "grpo": grpo_trainer}
 
 
 def train(
-    name: str, task: Task, loss: Any, settings: Settings, seed: int, before: float, *, progress: bool = True
+    name: str,
+    task: Task,
+    loss: Any,
+    settings: Settings,
+    seed: int,
+    before: float,
+    *,
+    progress: bool = True,
+    report: Path | None = None,
 ) -> Outcome:
-    """Train a fresh copy of the base model with one trainer and measure it on the held-out problems."""
+    """Train a fresh copy of the base model with one trainer and measure it on the held-out problems; with `report`, the
+    folder for pictures of the run."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         trainer = TRAINERS[name](task, configuration(name, loss, settings, seed, folder))
         trainer.remove_callback(ProgressCallback)
         if progress:
             trainer.add_callback(LabelledProgress(name.upper()))
+        if report is not None:
+            trainer.add_callback(RunReportCallback(report, title=f"Quick start: {name.upper()}"))
         trainer.train()
     seconds = time.perf_counter() - started
     return Outcome(
@@ -226,13 +238,26 @@ def loss_of(arguments: argparse.Namespace, name: str) -> Any:
     return getattr(arguments, f"{name}_loss")
 
 
+def report_folder(arguments: argparse.Namespace, name: str) -> Path:
+    """Where the pictures of one trainer's run go; of the first seed's, if there are several."""
+    return arguments.output_dir / name / "report"
+
+
 def run_seed(arguments: argparse.Namespace, seed: int) -> list[Outcome]:
     """One base model, then each trainer from that same model."""
     task = make_task(arguments, seed)
     before = solved(task.new_model(), task)
     print(f"seed {seed}: the base model solves {before:.1%} of {len(task.split.held_out)} held-out problems")
     return [
-        train(name, task, loss_of(arguments, name), trainer_settings(arguments, name), seed, before)
+        train(
+            name,
+            task,
+            loss_of(arguments, name),
+            trainer_settings(arguments, name),
+            seed,
+            before,
+            report=report_folder(arguments, name) if seed == arguments.seeds[0] else None,
+        )
         for name in arguments.trainers
     ]
 
@@ -280,6 +305,9 @@ def main(argv: Sequence[str] | None = None) -> list[Outcome]:
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     print(f"curves:  {write_figure(outcomes, arguments.output_dir / 'curves.png')}")
     print(f"results: {write_results(outcomes, arguments.output_dir / 'results.json')}")
+    for name in arguments.trainers:
+        if (page := report_folder(arguments, name) / "report.html").exists():
+            print(f"report:  {page}")
     return outcomes
 
 

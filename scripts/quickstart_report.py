@@ -12,18 +12,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display needed
-
-import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 from rich.console import Console
 from rich.table import Table
 
-# Okabe-Ito colours of different lightness, each with its own dash: told apart in greyscale too.
-STYLES = [("#0072B2", "-"), ("#D55E00", "--"), ("#000000", ":"), ("#009E73", "-.")]
+from trl_custom_losses.plotting.style import STYLES, Style, drawing, finish_axes, new_figure, save
 
 
 @dataclass(frozen=True)
@@ -133,21 +127,17 @@ def write_results(outcomes: Sequence[Outcome], path: Path) -> Path:
 def write_figure(outcomes: Sequence[Outcome], path: Path) -> Path:
     """Draw one panel for each trainer: the parts of DPO's loss, or GRPO's reward, over the optimizer steps."""
     groups = by_trainer(outcomes)
-    figure, panels = plt.subplots(1, len(groups), figsize=(5.6 * len(groups), 4.4), squeeze=False)
-    for axes, (trainer, runs) in zip(panels[0], groups.items(), strict=True):
-        (_draw_reward if trainer == "GRPO" else _draw_losses)(axes, runs)
-        axes.set_title(_panel_title(trainer, runs), fontsize=10)
-        axes.set_xlabel("optimizer step")
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=9, loc="lower right" if trainer == "GRPO" else "best")
-    n_seeds = len({o.seed for o in outcomes})
-    note = "" if n_seeds == 1 else f" (mean of {n_seeds} seeds, band: lowest to highest)"
-    figure.suptitle(f"Quick start: both trainers from the same base model{note}", fontsize=12)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path
+    with drawing():
+        figure, panels = new_figure(1, len(groups), size=(5.6 * len(groups), 4.4))
+        for axes, (trainer, runs) in zip(panels, groups.items(), strict=True):
+            (_draw_reward if trainer == "GRPO" else _draw_losses)(axes, runs)
+            finish_axes(axes, title=_panel_title(trainer, runs), y=axes.get_ylabel())
+            axes.title.set_fontsize(10)
+            axes.legend(loc="lower right" if trainer == "GRPO" else "best")
+        n_seeds = len({o.seed for o in outcomes})
+        note = "" if n_seeds == 1 else f" (mean of {n_seeds} seeds, band: lowest to highest)"
+        figure.suptitle(f"Quick start: both trainers from the same base model{note}", fontsize=12)
+        return save(figure, path)
 
 
 def _panel_title(trainer: str, runs: Sequence[Outcome]) -> str:
@@ -170,28 +160,26 @@ def _draw_reward(axes: Axes, runs: Sequence[Outcome]) -> None:
     _draw_curve(axes, runs, "reward", STYLES[0], label="reward: right among the sampled answers", scale=100)
     axes.axhline(
         100 * statistics.mean(o.before for o in runs),
-        color="#000000",
-        linestyle=":",
+        color=STYLES[2].color,
+        linestyle=STYLES[2].dash,
         label="held-out accuracy before (greedy)",
     )
     axes.axhline(
         100 * statistics.mean(o.after for o in runs),
-        color="#D55E00",
-        linestyle="--",
+        color=STYLES[1].color,
+        linestyle=STYLES[1].dash,
         label="held-out accuracy after (greedy)",
     )
     axes.set_ylabel("answers that are right (%)")
     axes.set_ylim(0, 100)
 
 
-def _draw_curve(
-    axes: Axes, runs: Sequence[Outcome], key: str, style: tuple[str, str], *, label: str, scale: float = 1.0
-) -> None:
+def _draw_curve(axes: Axes, runs: Sequence[Outcome], key: str, style: Style, *, label: str, scale: float = 1.0) -> None:
     """The mean over the runs, and for several runs a band from the lowest to the highest."""
-    color, dash = style
     steps = [entry["step"] for entry in runs[0].log]
     curves = [[scale * entry[key] for entry in run.log] for run in runs]
-    axes.plot(steps, [statistics.mean(values) for values in zip(*curves, strict=True)], dash, color=color, label=label)
+    means = [statistics.mean(values) for values in zip(*curves, strict=True)]
+    axes.plot(steps, means, linestyle=style.dash, color=style.color, label=label)
     if len(runs) > 1:
         low, high = ([pick(values) for values in zip(*curves, strict=True)] for pick in (min, max))
-        axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+        axes.fill_between(steps, low, high, color=style.color, alpha=0.15, linewidth=0)
