@@ -1,38 +1,51 @@
-"""Write the table of losses into the README, from the registry.
+"""Write the tables of losses and of checks into the README, from the registry and the conformance kit.
 
     python scripts/update_readme.py [--check]
 
-With --check nothing is written; the exit status is 1 if the table is out of date.
+With --check nothing is written; the exit status is 1 if a table is out of date.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from trl_custom_losses.cards import markdown_table
+from trl_custom_losses.testing import CHECKS
 
 README = Path(__file__).parents[1] / "README.md"
-START, END = "<!-- losses: start -->", "<!-- losses: end -->"
 
 
-def with_table(text: str) -> str:
-    """The README's text with the table between its markers made anew."""
-    head, _, rest = text.partition(START)
-    _, _, tail = rest.partition(END)
-    if not rest or not tail:
-        raise ValueError(f"the README lacks the markers {START} and {END}")
-    return f"{head}{START}\n{markdown_table()}\n{END}{tail}"
+def table_of_checks() -> str:
+    """All checks of the conformance kit: name, and what holds for a loss that passes."""
+    rows = [f"| `{check.name}` | {check.description} |" for check in CHECKS.values()]
+    return "\n".join(["| check | what holds for a loss that passes |", "|---|---|", *rows])
+
+
+TABLES: dict[str, Callable[[], str]] = {"losses": markdown_table, "checks": table_of_checks}
+
+
+def with_tables(text: str) -> str:
+    """The README's text with the tables between their markers made anew."""
+    for name, table in TABLES.items():
+        start, end = f"<!-- {name}: start -->", f"<!-- {name}: end -->"
+        head, _, rest = text.partition(start)
+        _, _, tail = rest.partition(end)
+        if not rest or not tail:
+            raise ValueError(f"the README lacks the markers {start} and {end}")
+        text = f"{head}{start}\n{table()}\n{end}{tail}"
+    return text
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Update the README or check it; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="only say whether the table is up to date")
+    parser.add_argument("--check", action="store_true", help="only say whether the tables are up to date")
     options = parser.parse_args(arguments)
     text = README.read_text()
-    updated = with_table(text)
+    updated = with_tables(text)
     if options.check:
         return int(text != updated)
     README.write_text(updated)

@@ -101,6 +101,29 @@ def test_extrema_over_ranks_are_averaged_over_micro_batches() -> None:
     assert _reduce_over_ranks(first, second)[1] == {"low": (0 + 4) / 2, "high": (5 + 7) / 2}
 
 
+def test_extrema_per_log_are_those_of_everything_since_the_last_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    def metrics(low: float, high: float) -> dict[str, tuple]:
+        return {"low": (low, 3.0, "log", "min"), "high": (high, 3.0, "log", "max")}
+
+    first = _buffer(metrics(1.0, 5.0), metrics(-4.0, 4.5))
+    second = _buffer(metrics(0.0, 2.0), metrics(6.0, 7.0))
+    assert _reduce_over_ranks(first, second) == [{"low": -4.0, "high": 7.0}] * 2
+    assert not first and first.reduce(_alone) == {}  # and the next log starts anew
+    monkeypatch.setitem(MetricBuffer.compact.__globals__, "_MOST_ROWS", 2)
+    early = MetricBuffer()
+    for low, high in ((1.0, 5.0), (-4.0, 4.5), (0.0, 7.0), (2.0, 3.0)):
+        early.add({name: (torch.tensor(value), *rest) for name, (value, *rest) in metrics(low, high).items()})
+        early.compact(_alone)
+    assert not early._rows and early and early.reduce(_alone) == {"low": -4.0, "high": 7.0}
+
+
+@pytest.mark.parametrize("reduce", ["min", "max"])
+@pytest.mark.parametrize("values", [(math.nan, 1.0), (1.0, math.nan)])
+def test_a_nan_among_extrema_is_shown(reduce: str, values: tuple[float, float]) -> None:
+    buffer = _buffer(*({"x": (value, 1.0, "log", reduce)} for value in values))
+    assert math.isnan(buffer.reduce(_alone)["x"])
+
+
 def test_an_exponential_is_that_of_the_average() -> None:
     per = ("log", "exp")
     first = _buffer({"x": (6.0, 3.0, *per)}, {"x": (1.0, 1.0, *per)})
