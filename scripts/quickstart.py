@@ -38,7 +38,7 @@ from trl_custom_losses import (
     CustomGRPOTrainer,
     LossConfigError,
 )
-from trl_custom_losses.callbacks import RunReportCallback
+from trl_custom_losses.callbacks import GradientMonitorCallback, RunReportCallback
 
 # `sigmoid` alone makes the wrong answers less likely, but the right ones with them; the `sft` term holds those up.
 # `--dpo-loss sigmoid` and `--dpo-loss sft` show what each does alone.
@@ -50,6 +50,8 @@ DPO_LOSS = {
     ],
 }
 GRPO_LOSS = {"type": "dr_grpo"}
+#: The report shows which component of the loss drives the model, looked at every so many optimizer steps.
+_MONITORED = 10
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,7 @@ def train(
         if progress:
             trainer.add_callback(LabelledProgress(name.upper()))
         if report is not None:
+            trainer.add_callback(GradientMonitorCallback(every=min(_MONITORED, settings.steps), layers=True))
             trainer.add_callback(RunReportCallback(report, title=f"Quick start: {name.upper()}"))
         trainer.train()
     seconds = time.perf_counter() - started

@@ -1,7 +1,8 @@
 """Loss configurations that are broken in a known way, made by breaking valid ones.
 
-Every maker draws what it needs and returns the broken part with the texts of which the error must hold one: the field,
-or for a name that is unknown, the name.
+Every maker draws what it needs and returns the broken part with the texts of which the error must hold one: the field
+as messages write fields, `'beta'` or `loss_function.beta`, or words about it that no other mistake brings about. Part
+of a word would not do: "type" is in "of another type", and a loss's own name begins every message.
 """
 
 from __future__ import annotations
@@ -31,6 +32,11 @@ class Broken:
     config: Any
     how: str
     fields: tuple[str, ...]
+
+
+def written(*fields: Any) -> tuple[str, ...]:
+    """How messages write fields: quoted, or in a path."""
+    return tuple(text for field in fields for text in (f"'{field}'", repr(field), f".{field}`", f".{field}."))
 
 
 # Values by what they are; integers of more than 4300 digits have no text in Python.
@@ -116,15 +122,17 @@ def at(config: Any, path: Path) -> Any:
 def _wrong_type(draw: Draw, loss: dict[str, Any], family: str) -> tuple[str, tuple[str, ...]] | None:
     if draw(st.booleans()):
         del loss["type"]
-        return "no type", ("type",)
+        return "no type", written("type")
     kinds = [kind for kind in _VALUES if kind != "str"]
     loss["type"] = draw(st.sampled_from([value for kind in kinds for value in _VALUES[kind]]))
-    return "type of another type", ("type",)
+    return "type of another type", written("type")
 
 
 def _unknown_name(draw: Draw, loss: dict[str, Any], family: str) -> tuple[str, tuple[str, ...]]:
     loss["type"] = draw(st.sampled_from(UNKNOWN_NAMES))
-    return "unknown loss", ("type", repr(loss["type"]), loss["type"] or "''")
+    name = loss["type"]
+    ways = [f"no loss named {name!r}", f"'package.module:Loss', found {name!r}", f" for {name!r}"]
+    return "unknown loss", (*ways, f"loss '{name}' must be a class", "is a base class, not a loss")
 
 
 def _other_family(draw: Draw, loss: dict[str, Any], family: str) -> tuple[str, tuple[str, ...]]:
@@ -134,7 +142,7 @@ def _other_family(draw: Draw, loss: dict[str, Any], family: str) -> tuple[str, t
     kept = {key: loss[key] for key in ("name", "weight") if key in loss}
     loss.clear()
     loss |= {"type": name, **copy.deepcopy(dict(LossFunctionRegistry.get(name).example)), **kept}
-    return "other family", (name,)
+    return "other family", (f"'{name}' is a {other} loss", f"found {name!r}")
 
 
 def _unknown_key(draw: Draw, loss: dict[str, Any], family: str) -> tuple[str, tuple[str, ...]]:
@@ -144,7 +152,7 @@ def _unknown_key(draw: Draw, loss: dict[str, Any], family: str) -> tuple[str, tu
     aliases = LossFunctionRegistry.get(loss["type"]).aliases
     key = draw(st.sampled_from([key for key in typos + odd if key not in declared and key not in aliases]))
     loss[key] = draw(st.sampled_from([0.1, None, "x", {"schedule": "constant", "value": 1.0}, [], {}]))
-    return "unknown hyperparameter", (f"'{key}'", repr(key))
+    return "unknown hyperparameter", written(key)
 
 
 def _key_that_is_no_text(draw: Draw, loss: dict[str, Any], family: str) -> tuple[str, tuple[str, ...]]:
@@ -159,7 +167,7 @@ def _value_of_another_type(draw: Draw, loss: dict[str, Any], family: str) -> tup
         return None
     hyperparameter = draw(st.sampled_from(usable))
     loss[hyperparameter.name] = draw(st.sampled_from(_not_of(hyperparameter)))
-    return "value of another type", (hyperparameter.name,)
+    return "value of another type", written(hyperparameter.name)
 
 
 def _out_of_range(draw: Draw, loss: dict[str, Any], family: str) -> tuple[str, tuple[str, ...]] | None:
@@ -172,7 +180,7 @@ def _out_of_range(draw: Draw, loss: dict[str, Any], family: str) -> tuple[str, t
         default = _declared(loss)[name].default
         start = default if isinstance(default, (int, float)) else _OUT_OF_RANGE[name]
         loss[name] = {"schedule": "linear", "start": start, "end": _OUT_OF_RANGE[name], "total_steps": 4}
-    return "out of range", (name,)
+    return "out of range", written(name)
 
 
 def _bad_schedule(draw: Draw, loss: dict[str, Any], family: str) -> tuple[str, tuple[str, ...]] | None:
@@ -181,7 +189,7 @@ def _bad_schedule(draw: Draw, loss: dict[str, Any], family: str) -> tuple[str, t
         return None
     name = draw(st.sampled_from(names))
     loss[name], fields = broken_schedule(draw)
-    return "schedule", (*fields, name)
+    return "schedule", (*fields, *written(name))
 
 
 _MAKERS = [_wrong_type, _unknown_name, _other_family, _unknown_key, _key_that_is_no_text, _value_of_another_type]
@@ -195,7 +203,7 @@ def broken_schedule(draw: Draw) -> tuple[dict[str, Any], tuple[str, ...]]:
     how = draw(st.sampled_from(["name", "missing", "extra", "value", "value"]))
     if how == "name":
         schedule["schedule"] = draw(st.sampled_from(["linaer", "", "LINEAR", None, 3, [], {}, True, math.nan, ("a",)]))
-        return schedule, ("schedule",)
+        return schedule, written("schedule")
     key = draw(st.sampled_from([key for key in schedule if key != "schedule"]))
     if how == "missing" and key != "total_steps":
         del schedule[key]
@@ -206,7 +214,7 @@ def broken_schedule(draw: Draw) -> tuple[dict[str, Any], tuple[str, ...]]:
         schedule["total_steps"] = 0
     else:
         schedule[key] = draw(st.sampled_from(_BAD_SCHEDULE_VALUES.get(key, NOT_NUMBERS)))
-    return schedule, (repr(key), f"'{key}'")
+    return schedule, written(key)
 
 
 @st.composite
@@ -247,12 +255,14 @@ def self_containing() -> list[Broken]:
     ring: dict[str, Any] = {}
     ring["x"] = [ring]
     return [
-        Broken(clipped, "itself as base_loss", ("base_loss",)),
-        Broken({"type": "composed", "components": components}, "itself among components", ("components",)),
-        Broken({"type": "sigmoid", "beta": endless}, "endless list", ("beta",)),
-        Broken({"type": "sigmoid", "beta": ring}, "endless dict", ("beta",)),
-        Broken({"type": "sigmoid", "beta": {"schedule": "constant", "value": endless}}, "in a schedule", ("value",)),
-        Broken(ring, "nothing but itself", ("'x'", "loss_function")),
+        Broken(clipped, "itself as base_loss", written("base_loss")),
+        Broken({"type": "composed", "components": components}, "itself among components", written("components")),
+        Broken({"type": "sigmoid", "beta": endless}, "endless list", written("beta")),
+        Broken({"type": "sigmoid", "beta": ring}, "endless dict", written("beta")),
+        Broken(
+            {"type": "sigmoid", "beta": {"schedule": "constant", "value": endless}}, "in a schedule", written("value")
+        ),
+        Broken(ring, "nothing but itself", ("'x'",)),
     ]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,25 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests import tiny
 from tests.broken_compositions import broken_compositions
-from tests.broken_configs import Broken, broken_losses, nested, self_containing
+from tests.broken_configs import Broken, at, broken_losses, losses_in, nested, self_containing
 from tests.losses.configs import configs
-from trl_custom_losses import CustomDPOConfig, CustomGRPOConfig, Loss, LossConfigError, LossFunctionRegistry
+from trl_custom_losses import (
+    CustomDPOConfig,
+    CustomDPOTrainer,
+    CustomGRPOConfig,
+    CustomGRPOTrainer,
+    Loss,
+    LossConfigError,
+    LossFunctionRegistry,
+)
+from trl_custom_losses.adapters import check_readable
+from trl_custom_losses.trainers.config import parse_loss_function
 
 _EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "1000"))
 _CONFIGS = {"preference": CustomDPOConfig, "policy": CustomGRPOConfig}
+_TRAINERS = {"preference": CustomDPOTrainer, "policy": CustomGRPOTrainer}
 _FAMILIES = pytest.mark.parametrize("family", sorted(_CONFIGS))
 
 
@@ -43,6 +56,17 @@ def from_trainer_config(config: Any, family: str) -> Any:
     ).loss_function
 
 
+def from_trainer(config: Any, family: str) -> Any:
+    policy = {"reward_funcs": tiny.count_reward} if family == "policy" else {}
+    return _TRAINERS[family](
+        model="a-model-that-does-not-exist",
+        args=_CONFIGS[family](output_dir="unused", use_cpu=True, bf16=False, report_to="none"),
+        train_dataset=tiny.preference_data(2) if family == "preference" else tiny.prompt_data(2),
+        loss_function=config,
+        **policy,
+    )
+
+
 def as_json(config: Any) -> str | None:
     """The configuration as on a command line, if it can be written there."""
     try:
@@ -52,11 +76,16 @@ def as_json(config: Any) -> str | None:
     return text if isinstance(config, dict) and repr(json.loads(text)) == repr(config) else None
 
 
+def names_the_field(message: str, broken: Broken) -> bool:
+    """Whether an error of a broken configuration says what is broken."""
+    return any(text in message for text in broken.fields)
+
+
 def assert_refused(build: Callable[[Any, str], Any], broken: Broken, family: str) -> None:
     with pytest.raises(LossConfigError) as caught:
         build(broken.config, family)
     message = str(caught.value)
-    assert any(field in message for field in broken.fields), (broken.how, broken.fields, message)
+    assert names_the_field(message, broken), (broken.how, broken.fields, message)
     assert "rejected its hyperparameters" not in message, "a loss of this package raised something else"
 
 
@@ -84,7 +113,7 @@ def test_a_broken_composition_is_refused(family: str, data: st.DataObject) -> No
 
 
 @_FAMILIES
-@examples(_EXAMPLES // 2)
+@examples(_EXAMPLES // 3)
 @given(data=st.data())
 def test_trainer_configs_refuse_the_same_also_as_text(family: str, data: st.DataObject) -> None:
     broken = data.draw(broken_losses(family) | broken_compositions(family))
@@ -92,6 +121,34 @@ def test_trainer_configs_refuse_the_same_also_as_text(family: str, data: st.Data
     text = as_json(broken.config)
     if text is not None:
         assert_refused(from_trainer_config, Broken(text, broken.how, broken.fields), family)
+
+
+@_FAMILIES
+@examples(_EXAMPLES // 4)
+@given(data=st.data())
+def test_a_message_that_names_nothing_would_not_do(family: str, data: st.DataObject) -> None:
+    """What is asked of messages above is not met by chance, such as by the name of the loss."""
+    broken = data.draw(broken_losses(family) | broken_compositions(family))
+    for path in [(), *losses_in(broken.config)]:
+        name = at(broken.config, path).get("type")
+        name = name if isinstance(name, str) else "?"
+        message = f"loss {name!r}: a hyperparameter of another type was expected, found something else"
+        assert not names_the_field(message, broken), (broken.how, broken.fields, message)
+
+
+@_FAMILIES
+@examples(60)
+@given(data=st.data())
+def test_trainers_refuse_it_before_they_look_for_a_model(family: str, data: st.DataObject) -> None:
+    """There is no such model, and another error would say so."""
+    broken = data.draw(broken_losses(family) | broken_compositions(family))
+    assert_refused(from_trainer, broken, family)
+
+
+@pytest.mark.parametrize("family, loss", [("preference", "sigmoid"), ("policy", "grpo")])
+def test_what_is_not_broken_gets_as_far_as_the_model(family: str, loss: str) -> None:
+    with pytest.raises(OSError, match="cached files"):
+        from_trainer(loss, family)
 
 
 _LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.binary(max_size=3)
@@ -182,8 +239,21 @@ def test_size_is_bounded() -> None:
     for _ in range(40):
         value = [value, value]
     assert_refused(from_registry, Broken({"type": "sigmoid", "beta": value}, "wide", ("'beta'",)), "preference")
-    flat = {"type": "composed", "components": [{"type": "sigmoid"}] * 200_000}
-    assert_refused(from_registry, Broken(flat, "long", ("'components'",)), "preference")
+    flat = {"type": "composed", "components": [{"type": "sigmoid"}] * 20_000}
+    assert_refused(from_registry, Broken(flat, "long", ("components[",)), "preference")
+
+
+def test_a_list_may_have_a_value_for_every_entry_of_a_vocabulary() -> None:
+    check_readable({"type": "mine:Loss", "prices": [0.1] * 256_000})
+    with pytest.raises(LossConfigError, match=r"'prices' \(`loss_function.prices`\): .* at most 1000000 values"):
+        check_readable({"type": "mine:Loss", "prices": [0.1] * 1_000_000})
+
+
+def test_a_text_of_many_keys_is_read_at_once() -> None:
+    text = json.dumps({"type": "sigmoid", **{f"key {number}": 1 for number in range(60_000)}})
+    start = time.perf_counter()
+    assert len(parse_loss_function(text)) == 60_001
+    assert time.perf_counter() - start < 10, "comparing each with each takes a minute"
 
 
 # Text

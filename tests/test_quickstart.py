@@ -128,6 +128,9 @@ def test_fast_run_from_end_to_end(
     image = importlib.import_module("matplotlib.image").imread(output / "curves.png")
     assert image.shape[0] > 400 and image.shape[1] > 1000
     assert image.std() > 0.05  # something is drawn
+    reports = {name: {path.stem for path in (output / name / "report").glob("*.png")} for name in ("dpo", "grpo")}
+    assert {"components", "gradient-cosines", "gradient-norms", "gradient-layers"} <= reports["dpo"]
+    assert {"gradient-norms", "gradient-layers"} <= reports["grpo"]
 
     assert len([name for name in os.listdir(cache) if not name.startswith(".")]) == len(os.listdir(cache)) == 2
     monkeypatch.setattr(addition, "pretrain", lambda *_: pytest.fail("the base model was not taken from the cache"))

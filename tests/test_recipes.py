@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from trl import ScriptArguments
+from trl import ScriptArguments, TrlParser
 from trl.scripts.grpo import GRPOScriptArguments
 
 from trl_custom_losses import CustomDPOConfig, CustomGRPOConfig
@@ -116,9 +116,9 @@ def tiny_run(recipe: Path, tmp_path: Path, model: Path) -> list[str]:
 def test_every_key_of_a_recipe_is_known_and_its_loss_builds(recipe):
     script, config = TYPES[recipe.parent.name]
     words = ["--config", str(recipe), "--use_cpu", "true", "--bf16", "false"]
-    *_, unknown = launch.TrlParser(
-        (script, config, launch.ModelConfig, launch.DatasetMixtureConfig)
-    ).parse_args_and_config(words, return_remaining_strings=True)
+    *_, unknown = TrlParser((script, config, launch.ModelConfig, launch.DatasetMixtureConfig)).parse_args_and_config(
+        words, return_remaining_strings=True
+    )
     assert unknown == []
     assert parsed(recipe)[1].loss_function == settings(recipe)["loss_function"]
 

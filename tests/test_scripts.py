@@ -95,3 +95,30 @@ def test_fsdp_that_accelerate_would_drop_without_a_word_is_an_error(tmp_path, de
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(LossConfigError, match="asks for FSDP, but accelerate chose NO"):
         launch.train_dpo(words)
+
+
+_LAST_STATEMENT = """
+import atexit, sys
+import torch.distributed as distributed
+from trl_custom_losses.trainers.launch import end_rank
+
+class NeverTornDown:
+    def __del__(self):
+        print("torn down")
+
+kept = NeverTornDown()
+if sys.argv[1] == "several":
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+atexit.register(print, "at exit")
+end_rank()
+print("after")
+"""
+
+
+@pytest.mark.parametrize(
+    ("processes", "printed"), [("several", ["at exit"]), ("one", ["after", "at exit", "torn down"])]
+)
+def test_one_of_several_processes_ends_before_its_interpreter_is_torn_down(processes, printed):
+    words = [sys.executable, "-c", _LAST_STATEMENT, processes]
+    run = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert run.stdout.splitlines() == printed

@@ -27,8 +27,9 @@ _CHOICES = {
     "f_divergence": ("hyperparameter", "independent", "unsupported"),
 }
 
-#: Containers within containers that a configuration may hold, and values in all.
-_DEEPEST, _MOST_VALUES = 60, 100_000
+#: Containers within containers that a configuration may hold, and values in all: a list may have one for every entry of
+#: a vocabulary. Of containers, each of which may become a loss, there are fewer.
+_DEEPEST, _MOST_VALUES, _MOST_CONTAINERS = 60, 1_000_000, 10_000
 
 _IMPORT_PATH = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
 
@@ -40,7 +41,7 @@ def check_readable(config: Any) -> None:
         LossConfigError: The configuration is nested too deep, as one that contains itself, or holds too many values, or
             a whole number is beyond 64 bits; the message begins with the field and its path.
     """
-    left, seen = [("loss_function", "loss_function", config, 0)], 0
+    left, seen, containers = [("loss_function", "loss_function", config, 0)], 0, 0
     while left:
         field, path, value, depth = left.pop()
         where = f"'{field}' (`{path}`)"
@@ -52,8 +53,12 @@ def check_readable(config: Any) -> None:
             continue
         if depth == _DEEPEST:
             raise LossConfigError(f"{where}: a configuration nests at most {_DEEPEST} levels; it may contain itself")
-        if seen + len(value) > _MOST_VALUES:
-            raise LossConfigError(f"{where}: a configuration holds at most {_MOST_VALUES} values, found more")
+        containers += 1
+        if seen + len(value) > _MOST_VALUES or containers > _MOST_CONTAINERS:
+            raise LossConfigError(
+                f"{where}: a configuration holds at most {_MOST_VALUES} values and {_MOST_CONTAINERS} lists and dicts, "
+                "found more"
+            )
         if isinstance(value, Mapping):
             left += [(field, f"{path}, a key", key, depth + 1) for key in value if not isinstance(key, str)]
             left += [(key, f"{path}.{key}", item, depth + 1) for key, item in value.items() if isinstance(key, str)]
@@ -92,7 +97,7 @@ def import_users_module(name: str, purpose: str) -> ModuleType:
     """
     try:
         return importlib.import_module(name)
-    except Exception as error:  # whatever the user's module raises while it is imported
+    except (Exception, SystemExit) as error:  # whatever the user's module raises while it is imported
         raise LossConfigError(f"could not import '{name}' {purpose}: {type(error).__name__}: {error}") from error
 
 

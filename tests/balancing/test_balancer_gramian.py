@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_custom_losses import Denominators, ModelOutputs
 from trl_custom_losses.balancing.gramian import gramian_of
@@ -31,6 +34,39 @@ def test_gramian_is_that_of_the_gradients() -> None:
     assert found[0, 2] == 0 and not found[3].any() and not found[:, 3].any()
     assert not found.requires_grad and x.grad is None
     sum(losses).backward()  # the graph is still there
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_products_are_accumulated_in_float32_or_better(dtype: torch.dtype) -> None:
+    """Half precision would overflow, and round what many small products add up to."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(3, 500_000, generator=generator).to(dtype) for _ in range(2)]
+    found = gramian_of([[gradient] for gradient in gradients])
+    flat = torch.stack([gradient.flatten() for gradient in gradients]).double()
+    torch.testing.assert_close(found.double(), flat @ flat.T, rtol=1e-5, atol=0.01)
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+    assert torch.equal(found, found.T) and found[0, 0] > torch.finfo(torch.float16).max
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(gramian_of([[gradient] for gradient in gradients]), found)
+
+
+def test_products_copy_no_gradient() -> None:
+    largest = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **kwargs or {})
+            if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in given:
+                largest.append(result.numel())
+            return result
+
+    for dtype, bound in ((torch.float32, 9), (torch.bfloat16, 2**20)):
+        gradients = [torch.ones(3, 2**20, dtype=dtype) for _ in range(3)]
+        given = {gradient.untyped_storage().data_ptr() for gradient in gradients}
+        with Watching():
+            gramian_of([[gradient] for gradient in gradients])
+        assert 1 <= max(largest) <= bound
+        largest.clear()
 
 
 @pytest.mark.parametrize("fields", [("per_token_logps",), ("per_token_logps", "entropies"), ("pooled_hidden",)])

@@ -12,87 +12,22 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerState
 
 from trl_custom_losses import (
     ComposableLossFunction,
-    Denominators,
-    Loss,
     LossConfigError,
     LossFunctionRegistry,
     ModelOutputs,
     PolicyBatch,
-    PreferenceBatch,
-    PreferenceLoss,
 )
-from trl_custom_losses.balancing.gramian import WATCHED, WATCHED_WEIGHTED, watch_whole, watched_metrics
+from trl_custom_losses.balancing.gramian import WATCHED, WATCHED_WEIGHTED, watched_metrics
 from trl_custom_losses.callbacks import GradientMonitorCallback, LossFunctionCallback
 from trl_custom_losses.callbacks.gradient_monitor import layer_norms, monitored, name_layers
 from trl_custom_losses.losses.preference import SigmoidLoss
-from trl_custom_losses.reductions import reduce_loss
 from trl_custom_losses.testing import random_data
 
-
-class Slopes(PreferenceLoss):
-    """A loss whose gradient is known: `chosen` at each chosen token, `rejected` at each rejected one."""
-
-    def __init__(self, *, chosen: float, rejected: float = 0.0) -> None:
-        super().__init__()
-        self.chosen, self.rejected = chosen, rejected
-
-    def forward(self, batch: Any, model_outputs: ModelOutputs) -> tuple[Tensor, dict]:
-        chosen, rejected = model_outputs.logps.chunk(2)
-        return self.chosen * chosen + self.rejected * rejected, {}
-
-
-def one_pair(chosen: int = 2, rejected: int = 2, **denominators: float) -> tuple[PreferenceBatch, ModelOutputs]:
-    """A pair with so many tokens on each side, of at most three."""
-    mask = (torch.arange(3) < torch.tensor([[chosen], [rejected]])).long()
-    ids = torch.zeros(2, 4, dtype=torch.long)
-    counts = Denominators(**{"sequences": 1.0, "tokens": 1.0, **denominators})
-    batch = PreferenceBatch(input_ids=ids, attention_mask=ids, mask=mask, denominators=counts)
-    return batch, ModelOutputs(per_token_logps=torch.full((2, 3), -1.0, requires_grad=True), mask=mask)
-
-
-class Run:
-    """A run with the Trainer's calls; `world` stands for the number of processes, which all see the same."""
-
-    device = torch.device("cpu")
-    distributed_type = SimpleNamespace(value="NO")
-
-    def __init__(self, loss: Loss, every: int = 1, first: str = "monitor", world: int = 1) -> None:
-        self.loss, self.world, self.logged, self.reductions = loss, world, [], 0
-        self.monitor, self.driver = GradientMonitorCallback(every), LossFunctionCallback(loss, self, self.logged.append)
-        self.monitor.attach(loss, self, self.logged.append)
-        self.callbacks = [self.monitor, self.driver] if first == "monitor" else [self.driver, self.monitor]
-        self.state = TrainerState(max_steps=100)
-        self.call("on_train_begin")
-
-    def reduce(self, tensor: Tensor, how: str) -> Tensor:
-        assert how == "sum"
-        self.reductions += 1
-        return self.world * tensor
-
-    def call(self, event: str) -> None:
-        for callback in self.callbacks:
-            args = TrainingArguments(use_cpu=True, bf16=False, report_to="none")
-            getattr(callback, event)(args, self.state, TrainerControl(), model=None)
-
-    def step(self, *micro_batches: tuple[PreferenceBatch, ModelOutputs]) -> dict[str, float]:
-        """An optimizer step; returns what was logged."""
-        self.logged.clear()
-        self.call("on_step_begin")
-        for batch, outputs in micro_batches:
-            raw, _ = self.loss(batch, outputs)
-            watch_whole(self.loss, reduce_loss(self.loss, raw, batch), batch, outputs)
-        self.state.global_step += 1
-        self.call("on_step_end")
-        return {name: value for metrics in self.logged for name, value in metrics.items()}
-
-
-def two(**options: Any) -> ComposableLossFunction:
-    return ComposableLossFunction({"a": Slopes(chosen=3.0), "b": Slopes(chosen=1.0, rejected=-2.0)}, **options)
-
+from .runs import Run, Slopes, one_pair, two
 
 # By hand: a is (3, 3, 0, 0) on the four tokens, b is (1, 1, -2, -2).
 
@@ -140,23 +75,6 @@ def test_micro_batches_and_ranks_are_one_step() -> None:
     assert found["grad_norm/a"] == pytest.approx(math.sqrt(3 * 4 * 3**2) / 3)
     assert found["grad_norm/b"] == pytest.approx(math.sqrt(3 * (4 * 1 + 2 * 4)) / 3)
     assert found["grad_cosine/a/b"] == pytest.approx(3 * 4 * 3 / math.sqrt(3 * 4 * 9 * 3 * 12))
-
-
-def test_a_composition_within_another_reports_its_own() -> None:
-    inner = ComposableLossFunction({"a": Slopes(chosen=1.0), "x": Slopes(chosen=0.0, rejected=1.0)}, {"a": 2.0})
-    found = Run(ComposableLossFunction({"a": Slopes(chosen=3.0), "in": inner}, {"in": 0.5})).step(one_pair())
-    root = math.sqrt(2)
-    assert found["grad_norm/a"] == pytest.approx(3 * root) and found["in/grad_norm/a"] == pytest.approx(root)
-    assert found["grad_norm/in"] == pytest.approx(math.sqrt(10)) == found["in/grad_norm/total"]
-    assert found["grad_norm_weighted/in"] == pytest.approx(math.sqrt(10) / 2)
-    assert found["grad_norm/x"] == pytest.approx(root) and found["grad_cosine/a/x"] == 0
-
-
-def test_a_composition_inside_of_a_loss_that_is_none() -> None:
-    loss = LossFunctionRegistry.build({"type": "clipped_loss", "base_loss": "sigmoid"})
-    loss.losses[0] = two()
-    found = Run(loss).step(one_pair())
-    assert found["grad_norm/a"] == pytest.approx(math.sqrt(18)) and "grad_norm/clipped_loss" not in found
 
 
 @pytest.mark.parametrize("source", ["previous", "current"])
@@ -250,7 +168,9 @@ def test_two_monitors_are_refused() -> None:
 # Clipping
 
 
-def clipped_share(config: dict, ratios: list[list[float]], advantages: list[float]) -> float | None:
+def clipped_share(
+    config: dict, ratios: list[list[float]], advantages: list[float], **masks: list[list[float]]
+) -> float | None:
     """What a loss reports of completions whose tokens have these ratios; NaN ends a completion."""
     loss = LossFunctionRegistry.build(config, family="policy")
     loss.watched = True
@@ -261,7 +181,11 @@ def clipped_share(config: dict, ratios: list[list[float]], advantages: list[floa
         per_token_logps=(logps + ratio.log().nan_to_num()).requires_grad_(), old_per_token_logps=logps, mask=mask
     )
     batch = PolicyBatch(
-        prompt_ids=mask, completion_ids=mask, mask=mask, advantages=torch.tensor(advantages).unsqueeze(1)
+        prompt_ids=mask,
+        completion_ids=mask,
+        mask=mask,
+        advantages=torch.tensor(advantages).unsqueeze(1),
+        **{name: torch.tensor(values) for name, values in masks.items()},
     )
     raw, metrics = loss(batch, outputs)
     if "clipped_sequences" not in metrics:
@@ -269,7 +193,7 @@ def clipped_share(config: dict, ratios: list[list[float]], advantages: list[floa
     metric = metrics["clipped_sequences"]
     # The clip acts where the loss does not follow the ratio.
     (slopes,) = torch.autograd.grad(raw.sum(), outputs.per_token_logps)
-    if config["type"] == "grpo":
+    if config["type"] == "grpo" and not masks:
         flat = (slopes == 0) & (mask > 0) & (batch.advantages != 0)
         assert flat.any(1).float().tolist() == metric.value.tolist()
     return float((metric.value * metric.mask).sum() / metric.mask.sum())
@@ -293,6 +217,27 @@ CLIPS = [
 @pytest.mark.parametrize("config, ratios, advantages, share", CLIPS)
 def test_clipped_sequences_by_hand(config: dict, ratios: list, advantages: list, share: float | None) -> None:
     assert clipped_share(config, ratios, advantages) == (None if share is None else pytest.approx(share))
+
+
+@pytest.mark.parametrize("kind", ["grpo", "cispo"])
+@pytest.mark.parametrize(
+    "masks, share",
+    [
+        ({}, 1.0),
+        ({"entropy_mask": [[1.0, 0.0], [0.0, 1.0]]}, 0.5),
+        ({"importance_sampling_ratio": [[2.0, 0.0], [2.0, 1.0]]}, 0.5),
+        ({"on_policy_mask": [[0.0], [0.0]]}, 1.0),
+    ],
+)
+def test_tokens_that_are_dropped_are_not_clipped(kind: str, masks: dict, share: float) -> None:
+    config = {"type": kind, "epsilon": 0.2, "epsilon_high": 1.3 if kind == "cispo" else 0.2}
+    assert clipped_share(config, [[1.0, 1.5], [1.5, 1.5]], [1, 1], **masks) == share
+
+
+def test_sequences_that_have_drifted_are_not_clipped() -> None:
+    drifted = {"on_policy_mask": [[0.0], [1.0]]}
+    assert clipped_share({"type": "grpo"}, [[0.5, 0.5], [0.5, 0.5]], [-1, -1]) == 1
+    assert clipped_share({"type": "grpo"}, [[0.5, 0.5], [0.5, 0.5]], [-1, -1], **drifted) == 0.5
 
 
 def test_clipped_sequences_are_reported_to_a_monitor_alone() -> None:

@@ -13,6 +13,15 @@ from trl_custom_losses.testing import CHECKS, CheckReport, CheckResult, run_chec
 
 from .running import BAD, GOOD, run
 
+NEEDY = """
+from trl_custom_losses import PreferenceBatch
+
+
+def needy(batch: PreferenceBatch, outputs, *, strength: float):
+    return strength * outputs.mean_logps, {}
+"""
+MISSING = "needs the hyperparameter 'strength'"
+
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
@@ -21,7 +30,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
 
     def passed(name: str, **values: Any) -> CheckReport:
         asked.append((name, values))
-        return CheckReport(name, "preference", (CheckResult("returns", "it returns", "", 0.1),))
+        return CheckReport(name, "preference", (CheckResult("returns", "it returns", "passed", seconds=0.1),))
 
     monkeypatch.setattr("trl_custom_losses.testing.run_checks", passed)
     return asked
@@ -31,7 +40,8 @@ def test_a_loss_that_passes_has_a_line_for_each_check() -> None:
     done = run("check", "sigmoid")
     *lines, summary = done.out.splitlines()
     assert done.code == 0 and done.err == ""
-    assert [line.split() for line in lines] == [["ok", name] for name in CHECKS]
+    named = [line.split() for line in lines if not line.startswith("        ")]  # without what notes continue
+    assert [words[:2] for words in named] == [["ok", name] for name in CHECKS]
     assert summary.startswith(f"sigmoid (preference): all {len(CHECKS)} checks passed in ")
 
 
@@ -42,6 +52,7 @@ def test_a_loss_that_fails_shows_each_message_in_full(workshop: Path) -> None:
     report = run_checks("bad_loss:attached")
     words = " ".join(done.out.split())
     assert [result.check for result in report.failed] and "metrics" in [result.check for result in report.failed]
+    assert not report.not_run
     for result in report.results:
         assert f"{'ok' if result.ok else 'FAILED'} {result.check}" in words
         if not result.ok:
@@ -71,6 +82,74 @@ def test_of_a_file_every_loss_is_checked(workshop: Path, calls: list) -> None:
     assert "2 losses checked in 0.2 s, all passed" in done.out
 
 
+def test_one_that_cannot_be_built_fails_and_the_others_are_checked(
+    workshop: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def first(name: str, **values: Any) -> CheckReport:
+        return run_checks(name, checks=list(CHECKS)[:1], **values)
+
+    monkeypatch.setattr("trl_custom_losses.testing.run_checks", first)
+    (workshop / "parted.py").write_text(NEEDY + GOOD.format(name="parted"))
+    (workshop / "alone.py").write_text(NEEDY)
+    done = run("check", "parted.py")
+    words = " ".join(done.out.split())
+    assert done.code == 1 and done.err == ""
+    assert "FAILED builds expected: The loss can be built, by its defaults and its `example`." in words
+    assert f"loss 'parted:needy' {MISSING}" in words
+    assert "parted:needy: could not be built" in done.out.splitlines()
+    for name in ("parted_registered", "parted:Defined"):
+        assert f"{name} (preference): all 1 checks passed in " in done.out
+    assert done.out.splitlines()[-1].startswith("3 losses checked in ")
+    assert done.out.splitlines()[-1].endswith(" s, 1 failed: parted:needy")
+    for file, others in (("parted.py", 2), ("alone.py", 0)):
+        found = run("check", file, "--json")
+        assert (found.code, found.err, found.json["ok"]) == (1, "", False)
+        failed = [loss for loss in found.json["losses"] if not loss["ok"]]
+        assert len(failed) == 1 and len(found.json["losses"]) == others + 1
+        (result,) = failed[0]["results"]
+        assert result["status"] == "failed" and MISSING in result["message"]
+    assert run("check", "alone:needy").err.startswith("error: ")
+
+
+def test_checks_that_were_not_run_are_one_line_and_notes_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = "because 'returns' failed"
+    results = (
+        CheckResult("builds", "it builds", "passed", note="it has no hyperparameters"),
+        CheckResult("returns", "it returns", "failed", "it does not"),
+        *(CheckResult(name, "anything", "not run", reason) for name in ("finite", "masks", "split")),
+    )
+    report = CheckReport("sft", "preference", results)
+    monkeypatch.setattr("trl_custom_losses.testing.run_checks", lambda name, **values: report)
+    done = run("check", "sft")
+    assert done.code == 1
+    assert done.out.splitlines() == [
+        "ok      builds (it has no hyperparameters)",
+        "FAILED  returns",
+        "        expected: it returns",
+        "        it does not",
+        "-       3 checks not run, because 'returns' failed",
+        "sft (preference): 1 of 5 checks failed, 3 not run in 0.0 s",
+    ]
+    found = run("check", "sft", "--json").json["losses"][0]["results"]
+    assert [result["status"] for result in found] == ["passed", "failed", *["not run"] * 3]
+    assert [result["note"] for result in found] == ["it has no hyperparameters", *[""] * 4]
+    monkeypatch.setattr(LossFunctionRegistry, "names", classmethod(lambda cls, family=None: ["sft"]))
+    assert run("check", "--all").out.splitlines() == [
+        "FAILED  sft (preference): 1 of 5 checks failed, 3 not run in 0.0 s",
+        "        returns: it does not",
+    ]
+
+
+def test_a_loss_that_raises_is_not_checked_further(workshop: Path) -> None:
+    (workshop / "raises.py").write_text(GOOD.format(name="raises").replace("_Helper", "Raising"))
+    done = run("check", "raises:Raising")
+    names = [line.split()[1] for line in done.out.splitlines() if line.startswith(("ok", "FAILED"))]
+    (line,) = [line for line in done.out.splitlines() if line.startswith("-")]
+    left = len(CHECKS) - len(names)
+    assert done.code == 1 and names == list(CHECKS)[: len(names)] and left > 0
+    assert line == f"-       {left} checks not run, because '{names[-1]}' failed"
+
+
 def test_a_loss_is_named_by_an_import_path_from_the_working_directory(workshop: Path) -> None:
     (workshop / "named_here.py").write_text(GOOD.format(name="named_here"))
     done = run("check", "named_here:Defined")
@@ -92,8 +171,8 @@ def test_all_are_checked_with_their_examples(calls: list, monkeypatch: pytest.Mo
 
 def test_all_names_those_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(name: str, **values: Any) -> CheckReport:
-        message = "" if name == "sft" else "it is wrong"
-        return CheckReport(name, "preference", (CheckResult("returns", "it returns", message, 0.0),))
+        status, message = ("passed", "") if name == "sft" else ("failed", "it is wrong")
+        return CheckReport(name, "preference", (CheckResult("returns", "it returns", status, message),))
 
     monkeypatch.setattr("trl_custom_losses.testing.run_checks", failing)
     monkeypatch.setattr(LossFunctionRegistry, "names", classmethod(lambda cls, family=None: ["sft", "ipo", "hinge"]))
@@ -138,6 +217,7 @@ def test_values_take_the_place_of_the_example(calls: list) -> None:
         (["sigmoid", "-p", "beta"], "expected NAME=VALUE, found 'beta'"),
         (["sigmoid", "-p", "=1"], "expected NAME=VALUE"),
         (["sigmoid", "-p", "beta=[1"], "is not YAML"),
+        (["sigmoid", "-p", "beta=0.1", "-p", "beta=0.2"], "'beta' is given twice"),
     ],
 )
 def test_usage_errors(words: list[str], message: str) -> None:
@@ -158,12 +238,18 @@ def test_usage_errors(words: list[str], message: str) -> None:
         (["empty.py"], "empty.py holds no loss: register one"),
         (["two.py", "-p", "beta=1"], "two.py holds two_registered, two:Defined: check 'module:loss' instead"),
         (["two:Missing"], "module 'two' has no 'Missing'"),
+        (["leaves.py"], "could not import 'leaves' from leaves.py: SystemExit: 3"),
+        (["leaves:loss"], "could not import 'leaves' for 'leaves:loss': SystemExit: 3"),
+        (["two"], "there is no loss named 'two': did you mean two.py?"),
+        (["."], "`check` takes a name, 'module:loss' or a Python file, found the folder ."),
+        (["x" * 300], "there is no loss named 'xxx"),
     ],
 )
 def test_mistakes_are_one_line(words: list[str], message: str, workshop: Path) -> None:
     for name in ("a-b", "json", "empty"):
         (workshop / f"{name}.py").write_text("from trl_custom_losses import PreferenceLoss\n")
     (workshop / "broken.py").write_text("1 / 0\n")
+    (workshop / "leaves.py").write_text("import sys\nsys.exit(3)\n")
     (workshop / "two.py").write_text(GOOD.format(name="two"))
     done = run("check", *words)
     assert (done.code, done.out) == (1, "")

@@ -36,6 +36,14 @@ def test_each_command_explains_itself(command: str) -> None:
     assert run(command, "-h").out == done.out
 
 
+@pytest.mark.parametrize(
+    ("command", "usage"),
+    [("show", "{NAME}"), ("new", "{NAME}"), ("check", "[LOSS]"), ("plot", "[RUN_DIR]")],
+)
+def test_arguments_are_written_in_capitals(command: str, usage: str) -> None:
+    assert run(command, "--help").out.splitlines()[0] == f"Usage: trl-custom-losses {command} [OPTIONS] {usage}"
+
+
 def test_without_a_command_there_is_help() -> None:
     assert "Commands:" in run().out + run().err
 

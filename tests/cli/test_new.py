@@ -111,6 +111,8 @@ def test_nothing_is_overwritten_without_force(workshop: Path, monkeypatch: pytes
         ("statistics", "'statistics' is a module already"),
         ("Tensor", "'Tensor' means something else"),
         ("beta", "'beta' means something else"),
+        ("test_x", "pytest would take 'test_x'"),
+        ("conftest", "pytest would take 'conftest'"),
     ],
 )
 def test_names_that_no_loss_can_have_are_refused(name: str, message: str, workshop: Path) -> None:
@@ -124,6 +126,8 @@ def test_a_folder_that_cannot_be_written_is_one_line(workshop: Path) -> None:
     (workshop / "file").write_text("")
     done = run("new", "mine", "--family", "policy", "--folder", "file/inside")
     assert done.code == 1 and done.err.startswith("error: could not write to file/inside")
+    done = run("new", "mine", "--family", "policy", "--folder", "file")
+    assert (done.code, done.err) == (1, "error: could not write to file, which is a file: give a folder\n")
 
 
 def test_usage_errors() -> None:

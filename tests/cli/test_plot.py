@@ -57,7 +57,12 @@ def test_usage_errors(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"), [(["nowhere"], "nowhere"), (["--loss", "sigmod"], "there is no loss named 'sigmod'")]
+    ("words", "message"),
+    [
+        (["nowhere"], "nowhere"),
+        (["--loss", "sigmod"], "there is no loss named 'sigmod'"),
+        (["--loss", "own.py"], "`plot --loss` takes a name or 'module:loss', found 'own.py'"),
+    ],
 )
 def test_mistakes_are_one_line(words: list[str], message: str, workshop: Path) -> None:
     pytest.importorskip("matplotlib")
@@ -74,3 +79,11 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path: Path) -> None:
     assert (done.code, done.out) == (1, "")
     assert done.err.count("\n") == 1
     assert done.err.startswith("error: ") and "pip install 'trl-custom-losses[plot]'" in done.err
+
+
+def test_what_an_import_error_without_a_name_says_is_printed(tmp_path: Path) -> None:
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('its library is of another version')\n")
+    done = launch("plot", "run", cwd=tmp_path)
+    assert done.code == 1 and done.err.count("\n") == 1
+    assert "its library is of another version" in done.err and "None" not in done.err
+    assert "pip install 'trl-custom-losses[plot]'" in done.err

@@ -135,6 +135,19 @@ def test_a_loss_without_an_example_is_shown_but_not_run(workshop: Path) -> None:
     assert "no `example` of strength" in text and "In a config" not in text
 
 
+def test_a_file_or_a_folder_is_no_loss(workshop: Path) -> None:
+    (workshop / "two.py").write_text("def loss(batch, outputs):\n    return outputs.logps, {}\n")
+    takes = "takes a name or 'module:loss', found"
+    check = "`trl-custom-losses check two.py` names its losses"
+    for words, message in (
+        (["show", "two.py"], f"`show` {takes} 'two.py': {check}"),
+        (["show", "two"], f"`show` {takes} 'two': {check}"),
+        (["show", "nowhere.py"], f"`show` {takes} 'nowhere.py'"),
+        (["show", "."], f"`show` {takes} the folder ."),
+    ):
+        assert run(*words).err == f"error: {message}\n"
+
+
 def test_an_unknown_name_is_one_line_with_the_nearest() -> None:
     done = run("show", "sigmod")
     assert (done.code, done.out) == (1, "")

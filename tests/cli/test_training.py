@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
+
+from trl_custom_losses import LossFunctionRegistry
 
 from .. import tiny
 from ..test_scripts import ON_CPU, write_rows
-from .running import launch, run
+from .running import ROOT, Done, launch, run
 
 FAMILIES = {"preference": ("dpo", "target: 0.25"), "policy": ("grpo", "sharpness: 1.5")}
 ACCELERATE = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--mixed_precision", "no"]
@@ -70,6 +74,91 @@ def test_help_says_how_to_launch_and_lists_the_arguments_of_trl(command: str, op
     for argument in ("--loss_function", "--learning_rate", "--model_name_or_path", "--config"):
         assert argument in done.out
     assert ("--reward_funcs" in done.out) == (command == "grpo")
+
+
+def ended(*words: str | Path) -> Done:
+    """How the command ended, without transformers' warnings of its own fields."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return run(*words)
+
+
+@pytest.fixture
+def files(workshop: Path) -> Path:
+    """Where files for `--config` are, each with a mistake."""
+    for name, text in (
+        ("misspelt", "loss_functoin: ipo\n"),
+        ("foreign", "zzzzzzzz: 1\n"),
+        ("number", "1: 2\n"),
+        ("sequence", "- learning_rate\n"),
+        ("malformed", "learning_rate: [1,\n"),
+        ("value", "eval_strategy: never\n"),
+    ):
+        (workshop / f"{name}.yaml").write_text(text)
+    return workshop
+
+
+@pytest.mark.parametrize("command", ["dpo", "grpo"])
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        ([], 2, "no arguments; give at least --config FILE.yaml"),
+        (["--config"], 2, "--config needs a file; all arguments: trl-custom-losses {command} --help"),
+        (["--learning_rate", "abc"], 2, "argument --learning_rate/--learning-rate: invalid float value: 'abc'"),
+        (["--config", "nofile.yaml"], 1, "`--config` nofile.yaml: there is no such file"),
+        (["--config=nofile.yaml"], 1, "`--config` nofile.yaml: there is no such file"),
+        (["--config", "."], 1, "`--config` .: [Errno 21]"),
+        (
+            ["--config", "misspelt.yaml"],
+            1,
+            "`--config` misspelt.yaml: unknown key 'loss_functoin' (did you mean 'loss_f",
+        ),
+        (["--config", "foreign.yaml"], 1, "`--config` foreign.yaml: unknown key 'zzzzzzzz'"),
+        (["--config", "number.yaml"], 1, "`--config` number.yaml: unknown key 1"),
+        (["--config", "sequence.yaml"], 1, "`--config` sequence.yaml: expected keys with values, found list"),
+        (["--config", "malformed.yaml"], 1, "the file given as `--config` is not plain YAML: while parsing"),
+        (["--config", "value.yaml"], 1, "never is not a valid IntervalStrategy"),
+        # In each of these the value in the file is refused too, as bf16 is on a machine without a GPU.
+        (["--config", "value.yaml", "--loss_function", "nope"], 1, "there is no loss named 'nope'"),
+        (["--config", "value.yaml", "--loss_function", '{"type": 1}'], 1, "`loss_function.type` is a name, found 1"),
+        (["--config", "value.yaml", "--loss_functon", "ipo"], 1, "unknown argument 'loss_functon'"),
+    ],
+)
+def test_the_users_own_mistake_is_the_one_line(
+    command: str, words: list[str], code: int, message: str, files: Path
+) -> None:
+    done = ended(command, *words)
+    assert (done.code, done.out) == (code, "")
+    assert done.err.startswith(f"error: {message.replace('{command}', command)}"), done.err
+    assert done.err.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="bf16 is there")
+def test_without_a_gpu_it_says_how_to_train_without(tmp_path: Path) -> None:
+    done = ended("dpo", "--output_dir", tmp_path, "--loss_function", "ipo")
+    assert done.code == 1 and done.err.startswith("error: ") and done.err.count("\n") == 1
+    assert "bf16" in done.err and done.err.endswith(": --bf16 false --use_cpu true\n")
+
+
+@pytest.mark.parametrize("family", ["dpo", "grpo"])
+def test_the_scripts_end_in_the_same_line(family: str, files: Path) -> None:
+    program = (ROOT / "scripts" / f"train_{family}.py").read_text()
+    done = launch("--config", "malformed.yaml", cwd=files, program=program)
+    assert done.code == 1 and "Traceback" not in done.err
+    assert done.err.splitlines()[-1].startswith("error: the file given as `--config` is not plain YAML: while parsing")
+
+
+@pytest.mark.parametrize("name", LossFunctionRegistry.names())
+def test_another_mistake_is_not_blamed_on_a_loss_that_builds(name: str, files: Path) -> None:
+    config = {"type": name, **LossFunctionRegistry.get(name).example}
+    (files / "loss.yaml").write_text(json.dumps({"loss_function": config, "eval_strategy": "never"}))
+    command = "grpo" if LossFunctionRegistry.get(name).family == "policy" else "dpo"
+    assert ended(command, "--config", "loss.yaml").err.startswith("error: never is not a valid IntervalStrategy")
+
+
+def test_nor_on_one_that_takes_a_value_from_the_config(files: Path) -> None:
+    done = ended("grpo", "--config", "value.yaml", "--loss_function", "dr_grpo")  # it needs `max_completion_length`
+    assert done.err.startswith("error: never is not a valid IntervalStrategy")
 
 
 @pytest.mark.parametrize("command", ["dpo", "grpo"])

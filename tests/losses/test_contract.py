@@ -16,7 +16,9 @@ from trl_custom_losses.testing import CHECKS, check_loss, random_data, run_check
 
 from .configs import configs
 
-_CASES = [(family, name) for family in ("preference", "policy") for name in configs(family)]
+_CASES = [
+    pytest.param(family, name, id=f"{family}:{name}") for family in ("preference", "policy") for name in configs(family)
+]
 
 
 @pytest.mark.parametrize("name", LossFunctionRegistry.names())
@@ -28,7 +30,7 @@ def test_registry_name_is_module_name_and_test_name(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CHECKS)
-@pytest.mark.parametrize(("family", "case"), _CASES, ids=":".join)
+@pytest.mark.parametrize(("family", "case"), _CASES)
 def test_passes(family: Any, case: str, name: str) -> None:
     check_loss(configs(family)[case], checks=[name], family=family)
 
@@ -40,7 +42,7 @@ def test_passes_by_its_name_alone(name: str) -> None:
     assert report.ok, str(report)
 
 
-@pytest.mark.parametrize(("family", "case"), _CASES, ids=":".join)
+@pytest.mark.parametrize(("family", "case"), _CASES)
 def test_copies_are_equal(family: Any, case: str) -> None:
     loss = LossFunctionRegistry.build(configs(family)[case], context=BuildContext(family=family))
     data = random_data(family)

@@ -83,3 +83,25 @@ def test_a_step_without_one_component_is_unknown() -> None:
     del entries[1]["bonus_loss"]
     (group,) = _groups(entries)
     assert np.isnan(group.weighted()[0]).tolist() == [False, True, False]
+
+
+def test_a_pair_that_the_total_does_not_hold_is_no_component() -> None:
+    foreign = {"value_loss": 9.0, "value_weight": 3.0}
+    entries = [entry | foreign if "pref_loss" in entry else entry for entry in composed_log(3)]
+    assert _names(_groups(entries)) == {"": ["bonus", "pref"]}
+
+
+def test_components_that_never_were_finite_are_kept() -> None:
+    nan = float("nan")
+    for name in ("bonus_loss", "bonus_weight"):
+        entries = [entry | ({name: nan} if name in entry else {}) for entry in composed_log(3)]
+        (group,) = _groups(entries)
+        assert [(part.name, part.finite) for part in group.components] == [("bonus", False), ("pref", True)]
+        assert [part.name for part in group.never_finite] == ["bonus"]
+
+
+def test_nested_components_are_told_apart_by_the_steps_that_are_finite() -> None:
+    entries = nested_log()
+    entries[2] |= {"c_loss": float("nan"), "b_loss": float("nan"), "b/total_loss": float("nan")}
+    entries[2] |= {"total_loss": float("nan")}
+    assert _names(_groups(entries)) == {"": ["a", "b"], "b": ["c", "d"]}

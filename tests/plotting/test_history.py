@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 
@@ -70,6 +71,13 @@ def test_evaluations_of_several_data_sets_are_kept_apart() -> None:
     }
 
 
+def test_what_would_overflow_counts_as_not_finite() -> None:
+    entries = [{"step": step, "x": x} for step, x in enumerate([1e100, 1.1e100, -1e308, 10**400])]
+    history = History.from_log([*entries, {"step": 1e300, "y": 1.0}])
+    np.testing.assert_array_equal(history.train["x"].values, [1e100, math.nan, math.nan, math.nan])
+    assert history.not_finite == {"x": 3} and set(history.train) == {"x"}
+
+
 # Where the log is
 
 
@@ -110,7 +118,27 @@ def test_nothing_to_read_says_what_was_looked_for(tmp_path: Path) -> None:
         read_state(tmp_path / "file")
 
 
-@pytest.mark.parametrize("content", ["{", '{"log_history": 1}', "[]", '"text"', "{}", "\udcff"])
+@pytest.mark.parametrize("damaged", ["checkpoint-30", "checkpoint-20", "", "report"])
+def test_a_damaged_log_does_not_hide_a_good_one(tmp_path: Path, damaged: str, caplog: pytest.LogCaptureFixture) -> None:
+    write_state(tmp_path / "checkpoint-10", [{"step": 10, "loss": 1.0}])
+    (tmp_path / damaged).mkdir(exist_ok=True)
+    (tmp_path / damaged / "trainer_state.json").write_text('{"log_h')
+    with caplog.at_level(logging.WARNING):
+        state, path = read_state(tmp_path)
+    assert path == tmp_path / "checkpoint-10" / "trainer_state.json" and state["global_step"] == 10
+    (record,) = caplog.records
+    assert f"{tmp_path / damaged / 'trainer_state.json'} cannot be read as JSON" in record.getMessage()
+
+
+def test_all_damaged_logs_are_named(tmp_path: Path) -> None:
+    for name in ("checkpoint-10", "checkpoint-20"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text("{")
+    with pytest.raises(LossConfigError, match=r"checkpoint-20/trainer_state\.json.*; .*checkpoint-10/trainer_state"):
+        read_state(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "{", '{"log_history": 1}', "[]", '"text"', "{}", "\udcff"])
 def test_a_damaged_log_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "trainer_state.json").write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(LossConfigError, match=r"trainer_state\.json"):

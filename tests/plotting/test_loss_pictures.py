@@ -273,3 +273,39 @@ except ImportError as error:
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert "pip install 'trl-custom-losses[plot]'" in result.stdout and "matplotlib" in result.stdout
+
+
+@pytest.mark.parametrize("config", [3, None, ["sigmoid"]])
+def test_what_is_no_loss_is_told(config: object, tmp_path: Path) -> None:
+    with pytest.raises(LossConfigError, match="a loss was needed, as a name or a dict with 'type'; found"):
+        plot_loss(config, tmp_path / "x.png")
+
+
+def test_a_path_that_cannot_be_written_is_one_readable_message(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file" / "x.png"):
+        with pytest.raises(LossConfigError, match=f"the picture cannot be written to {path}: "):
+            plot_loss("hinge", path)
+
+
+def _below(config: object, figures: list[Figure], tmp_path: Path) -> str:
+    plot_loss(config, tmp_path / "x.png")
+    return " ".join(figures[-1].get_supxlabel().split())  # however its lines break
+
+
+def test_the_text_below_tells_weights_schedules_and_bounds_in_force(figures: list[Figure], tmp_path: Path) -> None:
+    beta = {"schedule": "linear", "start": 0.5, "end": 0.1, "total_steps": 10}
+    parts = [{"type": "hinge", "name": "pref", "weight": 2.0, "beta": beta}, {"type": "sft", "weight": 0.25}]
+    text = _below({"type": "composed", "components": parts}, figures, tmp_path)
+    assert "'pref': 2.0" in text and "'sft': 0.25" in text
+    assert "pref: f_div" in text and "beta = linear(total_steps=10, start=0.5, end=0.1)" in text
+    assert "value of the first step" in text
+    assert "schedul" not in _below("hinge", figures, tmp_path)
+    assert "epsilon = 0.3, epsilon_high = 0.3" in _below({"type": "cispo", "epsilon": 0.3}, figures, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "depends"), [("sft", True), ("perplexity", True), ("sigmoid", False), ("ipo", False)])
+def test_numbers_that_depend_on_the_assumed_reference_say_so(
+    name: str, depends: bool, figures: list[Figure], tmp_path: Path
+) -> None:
+    assert ("-31 nats under the reference" in _below(name, figures, tmp_path)) is depends

@@ -12,7 +12,6 @@ pytest.importorskip("matplotlib")
 
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
-from matplotlib.image import imread
 
 from trl_custom_losses.plotting import plot_run
 from trl_custom_losses.plotting.history import History
@@ -105,6 +104,84 @@ def test_a_total_that_its_parts_do_not_make_up_is_told() -> None:
     assert "differs from the logged total by up to" in _pictures(entries)["components"].caption
 
 
+def test_a_component_that_crosses_zero_changes_sides_where_it_does() -> None:
+    values = {1: 1.0, 2: -3.0}
+    entries = [{"step": s, "total_loss": v, "a_loss": v, "a_weight": 1.0} for s, v in values.items()]
+    up, down = _axes(entries, "components").collections
+    assert _ends(up) == {1.0: (0, 1), 1.25: (0, 0), 2.0: (0, 0)}
+    assert _ends(down) == {1.0: (0, 0), 1.25: (0, 0), 2.0: (-3, 0)}
+
+
+def test_a_single_log_has_an_area_with_some_width() -> None:
+    down, up = _axes(composed_log(1), "components").collections
+    assert list(_ends(up)) == list(_ends(down)) == [0.6, 1.4]
+    assert _axes(composed_log(1), "components").lines[0].get_xdata().tolist() == [1]
+    widest, _ = _axes(composed_log(1), "margins").collections
+    assert list(_ends(widest)) == [0.6, 1.4]
+
+
+def test_a_component_that_was_never_finite_is_told_and_hides_no_other() -> None:
+    entries = composed_log(4)
+    for entry in entries:
+        entry.update({"bonus_loss": math.nan} if "bonus_loss" in entry else {})
+    picture = _pictures(entries)["components"]
+    stacked, plain = picture.figure.axes
+    assert _legend(stacked) == ["bonus (never finite)", "pref", "total"]
+    assert _legend(plain) == ["bonus (never finite)", "pref"]
+    assert _ends(stacked.collections[0])[2.0] == (0.0, 1.0)
+    assert "bonus was never finite." in picture.caption
+
+
+def _many(components: int, datasets: tuple[str, ...]) -> list[dict]:
+    entries: list[dict] = []
+    for step in (1, 2):
+        losses = {f"c{k:02}_loss": 1.0 + k for k in range(components)}
+        total = {"loss": 1.0, "total_loss": sum(losses.values())}
+        entries.append({"step": step} | losses | {f"c{k:02}_weight": 1.0 for k in range(components)} | total)
+        entries += [{"step": step, **{f"eval_{name}_{key}": v for key, v in losses.items()}} for name in datasets]
+    return entries
+
+
+def test_a_legend_has_one_entry_for_each_component_and_each_evaluation_set(recwarn: pytest.WarningsRecorder) -> None:
+    stacked, plain = _pictures(_many(5, ("one", "two", "three")))["components"].figure.axes
+    names = [f"c{k:02}" for k in range(5)]
+    assert _legend(stacked) == [*names, "total"]
+    assert _legend(plain) == [*names, "evaluation: one", "evaluation: two", "evaluation: three"]
+    points = [line for line in plain.lines if line.get_linestyle() == "None"]
+    assert [line.get_marker() for line in points] == ["o", "s", "D"] * 5  # the data set's, in the component's colour
+    assert len({line.get_markeredgecolor() for line in points}) == 5
+
+
+def test_no_legend_is_cut_off_and_matplotlib_complains_of_nothing(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    entries = _many(8, tuple(f"a data set with a long name, {k}" for k in range(14)))
+    for entry in entries:
+        entry |= {f"grad_norm/{'component' * 5}{k}": 1.0 for k in range(30)}
+    pictures = _pictures(entries)
+    for name in ("components", "gradient-norms", "loss"):
+        figure = pictures[name].figure
+        figure.canvas.draw()
+        ends = [axes.get_window_extent() for axes in figure.axes]
+        for axes, below in zip(figure.axes, ends[1:], strict=False):
+            assert axes.get_legend().get_window_extent().y0 > below.y1
+        last = figure.axes[-1].get_legend()
+        assert last is None or last.get_window_extent().y0 > 0
+    recwarn.clear()
+    plot_run(write_state(tmp_path, entries))
+    assert not [str(warning.message) for warning in recwarn]
+
+
+def test_of_many_components_the_smallest_are_one_area() -> None:
+    picture = _pictures(_many(12, ()))["components"]
+    stacked, plain = picture.figure.axes
+    kept = [f"c{k:02}" for k in range(5, 12)]
+    assert _legend(stacked) == [*kept, "5 others", "total"] and _legend(plain) == kept
+    low, high = _ends(stacked.collections[-1])[1.0]
+    assert (low, high) == (6 + 7 + 8 + 9 + 10 + 11 + 12, 78)
+    assert "5 components that add least" in picture.caption
+
+
 # Curves
 
 
@@ -114,7 +191,7 @@ def test_evaluations_are_points_apart_from_the_curve() -> None:
     assert curve.get_xdata().tolist() == [1, 2, 3, 4, 5, 6]
     assert points.get_linestyle() == "None" and points.get_marker() == "o"
     assert points.get_xdata().tolist() == [2, 4, 6] and points.get_ydata().tolist() == [5.0, 7.0, 9.0]
-    assert _legend(axes) == ["loss", "loss (evaluation)"]
+    assert _legend(axes) == ["loss", "evaluation"]
 
 
 def test_margins_have_bands_for_spread_and_range() -> None:
@@ -134,38 +211,6 @@ def test_rewards_have_the_logged_standard_deviation() -> None:
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["Total reward", "Reward of a", "Reward of b"]
     assert _ends(figure.axes[0].collections[0]) == {1.0: (0.75, 1.25), 2.0: (0.75, 1.25)}
     assert _ends(figure.axes[2].collections[0]) == {1.0: (1.5, 2.5), 2.0: (3.5, 4.5)}
-
-
-def test_what_moves_and_what_gradients_do_is_shown() -> None:
-    entries = [
-        {
-            "step": s,
-            "adaptive_beta": 0.1 * s,
-            "label_smoothing": 0.3 / s,
-            "grad_cosine/a/b": -0.5,
-            "grad_norm/a": 1.0,
-            "grad_norm/total": 3.0,
-            "grad_norm_weighted/a": 2.0,
-            "clipped_sequences": 0.25,
-            "grad_norm_layer/layers.10": 1.0 * s,
-            "grad_norm_layer/layers.9": 2.0 * s,
-            "grad_norm_layer/embedding": 300.0 * s,
-            "learning_rate": 1e-4,
-        }
-        for s in (1, 2, 3)
-    ]
-    pictures = _pictures(entries)
-    moving = pictures["hyperparameters"].figure
-    assert [axes.get_title(loc="left") for axes in moving.axes] == ["beta", "label_smoothing"]
-    np.testing.assert_allclose(moving.axes[0].lines[0].get_ydata(), [0.1, 0.2, 0.3])
-    cosine = pictures["gradient-cosines"].figure.axes[0]
-    assert _legend(cosine) == ["a and b"] and cosine.lines[0].get_ydata().tolist() == [-0.5] * 3
-    norms = pictures["gradient-norms"].figure.axes
-    assert [axes.lines[0].get_ydata()[0] for axes in norms] == [1.0, 2.0, 0.25]
-    assert norms[1].lines[1].get_ydata().tolist() == [3.0] * 3  # the norm of the weighted sum
-    layers = pictures["gradient-layers"].figure.axes[0]
-    assert [tick.get_text() for tick in layers.get_yticklabels()] == ["embedding", "layers.9", "layers.10"]
-    assert layers.collections[0].get_array().tolist() == [[300, 600, 900], [2, 4, 6], [1, 2, 3]]
 
 
 def test_there_are_pictures_only_of_what_was_logged() -> None:
@@ -198,34 +243,31 @@ def test_a_long_run_is_drawn_thin_with_its_running_mean() -> None:
     assert "running mean" in _pictures([{"step": s, "loss": 1.0 + s} for s in range(number)])["loss"].caption
 
 
+def test_no_more_points_are_drawn_than_can_be_seen() -> None:
+    values = np.zeros(50_000)
+    values[12_345], values[23_456] = 7.0, -8.0  # peaks
+    entries = [{"step": s, "loss": v, "total_loss": v, "a_loss": v, "a_weight": 1.0} for s, v in enumerate(values)]
+    pictures = _pictures(entries)
+    thin, thick = pictures["loss"].figure.axes[0].lines
+    assert len(thin.get_xdata()) < 10_000 and len(thick.get_xdata()) < 10_000
+    assert (thin.get_ydata().max(), thin.get_ydata().min()) == (7.0, -8.0)
+    assert (thick.get_xdata()[0], thick.get_xdata()[-1]) == (0, 49_999)
+    stacked = pictures["components"].figure.axes[0]
+    assert len(_ends(stacked.collections[0])) < 10_000
+
+
+def test_steps_are_whole_numbers() -> None:
+    axes = _axes([{"step": s, "loss": 1.0 * s} for s in (1, 2)], "loss")
+    assert all(float(tick).is_integer() for tick in axes.get_xticks())
+
+
+def test_names_that_differ_in_their_middles_have_different_titles() -> None:
+    names = [f"{'x' * 30}{k}{'y' * 30}" for k in range(3)]
+    figure = _pictures([{"step": s, **{name: float(s) for name in names}} for s in (1, 2)])["others"].figure
+    assert len({axes.get_title(loc="left") for axes in figure.axes}) == 3
+
+
 def test_twenty_thousand_logs_are_no_burden(tmp_path: Path) -> None:
     entries = [{"step": s, "loss": 1.0 / (1 + s), "entropy": 0.5, "grad_norm": 2.0} for s in range(20_000)]
     report = plot_run(write_state(tmp_path, entries))
     assert report.html.stat().st_size < 2_000_000
-
-
-# Files
-
-
-def test_the_pictures_are_written(tmp_path: Path) -> None:
-    report = plot_run(write_state(tmp_path / "run", composed_log()), tmp_path / "elsewhere")
-    assert report.html == tmp_path / "elsewhere" / "report.html"
-    assert [path.stem for path in report.pictures] == ["loss", "components", "weights", "margins", "optimisation"]
-    for path in report.pictures:
-        image = imread(path)
-        assert image.shape[1] > 1000 and image[..., :3].std() > 0.05  # something is drawn
-    assert plot_run(tmp_path / "run").html == tmp_path / "run" / "report" / "report.html"
-
-
-@pytest.mark.parametrize(
-    "name", ["$x^{$", "_hidden", "a\nb", "ünï 名前", "x" * 300, "%s {0}", "<script>alert(1)</script>"]
-)
-def test_any_name_can_be_drawn(tmp_path: Path, name: str, recwarn: pytest.WarningsRecorder) -> None:
-    entries = [
-        {"step": s, "total_loss": 1.0, f"{name}_loss": 1.0, f"{name}_weight": 1.0, f"odd {name}": s} for s in (1, 2)
-    ]
-    report = plot_run(write_state(tmp_path, entries))
-    assert [path.stem for path in report.pictures] == ["components", "weights", "others"]
-    assert not [str(warning.message) for warning in recwarn if "Glyph" in str(warning.message)]
-    axes = _axes(entries, "components")
-    assert len(_legend(axes)) == 2  # also for a name that begins with an underscore

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -17,7 +18,14 @@ from matplotlib.image import imread
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tests import tiny
-from trl_custom_losses import CustomDPOConfig, CustomDPOTrainer, CustomGRPOConfig, CustomGRPOTrainer, plotting
+from trl_custom_losses import (
+    CustomDPOConfig,
+    CustomDPOTrainer,
+    CustomGRPOConfig,
+    CustomGRPOTrainer,
+    NonFiniteLossError,
+    plotting,
+)
 from trl_custom_losses.callbacks import RunReportCallback, run_report
 
 from .runs import composed_log
@@ -90,6 +98,62 @@ def test_grpo_has_rewards_and_completions(dense_model: Path, run_arguments: dict
     names = {path.stem for path in (tmp_path / "elsewhere").glob("*.png")}
     assert {"loss", "reward", "completions", "drift", "optimisation"} <= names
     assert "<h1>&lt;mine&gt;</h1>" in (tmp_path / "elsewhere" / "report.html").read_text()
+
+
+class _End(TrainerCallback):
+    """Ends a run at its second step."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), NonFiniteLossError("the loss <is> inf")])
+@pytest.mark.parametrize("drawing_fails", [False, True])
+def test_a_run_that_an_exception_ends_is_drawn_and_the_exception_goes_on(
+    error: BaseException,
+    drawing_fails: bool,
+    dense_model: Path,
+    run_arguments: dict,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    if drawing_fails:  # someone is in a hurry
+
+        def interrupt(*_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt("second")
+
+        monkeypatch.setattr(plotting, "draw_report", interrupt)
+    trainer = CustomDPOTrainer(
+        tiny.load_model(dense_model, seed=1),
+        args=CustomDPOConfig(**run_arguments, max_steps=3, per_device_train_batch_size=4),
+        loss_function=LOSS,
+        train_dataset=tiny.preference_data(),
+        processing_class=tiny.tokenizer(),
+        callbacks=[RunReportCallback(), _End(error)],
+    )
+    with pytest.raises(type(error)) as raised, caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert raised.value is error
+    page = Path(run_arguments["output_dir"]) / "report" / "report.html"
+    assert page.exists() is not drawing_fails
+    assert ("the report of the run was not drawn: KeyboardInterrupt" in caplog.text) is drawing_fails
+    if not drawing_fails:
+        content = page.read_text()
+        assert "<dd>1 of 3</dd>" in content and "Which component drives the loss" in content
+        found = re.search(r"<dt>Ended by</dt><dd>(.*?)</dd>", content)[1]
+        assert found == {"KeyboardInterrupt": "KeyboardInterrupt"}.get(
+            type(error).__name__, "NonFiniteLossError: the loss &lt;is&gt; inf"
+        )
+
+
+def test_a_run_that_logged_nothing_before_its_end_has_no_report(tmp_path: Path) -> None:
+    arguments = SimpleNamespace(output_dir=str(tmp_path / "run"), report_to=[])
+    RunReportCallback().on_abort(arguments, TrainerState(), ValueError())
+    assert not (tmp_path / "run").exists()
 
 
 # One report, by one process

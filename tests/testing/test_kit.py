@@ -3,35 +3,61 @@
 from __future__ import annotations
 
 import json
+import warnings
+from typing import Any
 
 import pytest
+from torch import Tensor
 
 from trl_custom_losses import LossConfigError, LossFunctionRegistry
 from trl_custom_losses.testing import CHECKS, LossCheckError, check_loss, parametrize_with_checks, run_checks
 
 from ..example_losses import Mine, Protocol, annotated
-from .broken import BROKEN, AveragesItself, DetachesAHalf, Right, RightPolicy
+from .broken import BROKEN, Right, RightPolicy
+from .broken.gradients import DetachesAHalf
+from .broken.invariances import AveragesItself
+from .broken.syncs import PrintsAWord
+from .right import RIGHT
 
-_CASES = [(check, loss, words) for check, losses in BROKEN.items() for loss, words in losses]
+
+def _name(loss: Any) -> str:
+    """For the test's name; of a composition, that of its parts."""
+    if isinstance(loss, dict):
+        return "+".join(type(part).__name__ for _, _, part in loss["components"])
+    return getattr(loss, "__name__", type(loss).__name__)
+
+
+_CASES = [
+    pytest.param(check, loss, words, id=f"{check}-{_name(loss)}")
+    for check, losses in BROKEN.items()
+    for loss, words in losses
+]
+_FIRST = [name for name, check in CHECKS.items() if check.first]
 
 
 def test_every_check_has_a_loss_that_it_catches() -> None:
     assert BROKEN.keys() == CHECKS.keys()
 
 
-@pytest.mark.parametrize(("check", "loss", "words"), _CASES, ids=lambda value: getattr(value, "__name__", ""))
-def test_a_broken_loss_is_caught(check: str, loss: type, words: str) -> None:
+@pytest.mark.parametrize(("check", "loss", "words"), _CASES)
+def test_a_broken_loss_is_caught(check: str, loss: Any, words: str) -> None:
     report = run_checks(loss, checks=[check])
     (result,) = report.results
     assert result.check == check and not result.ok
     assert words in result.message
-    assert f"Usual cause: {CHECKS[check].usual_cause}" in result.message
+    raised = result.message.startswith("the loss raises ")  # which says itself what is the matter
+    assert raised or f"Usual cause: {CHECKS[check].usual_cause}" in result.message
+
+
+@pytest.mark.parametrize("loss", RIGHT, ids=_name)
+def test_a_right_loss_passes_every_check(loss: Any) -> None:
+    report = check_loss(loss)
+    assert report.ok and [result.check for result in report.results] == list(CHECKS)
 
 
 @pytest.mark.parametrize("loss", [Right, RightPolicy])
-def test_a_right_loss_passes_every_check(loss: type) -> None:
-    report = check_loss(loss)
-    assert report.ok and [result.check for result in report.results] == list(CHECKS)
+def test_the_report_names_the_loss(loss: type) -> None:
+    report = run_checks(loss, checks=["padding"])
     assert (report.loss, report.family) == (loss.__name__, loss.family)
 
 
@@ -45,11 +71,31 @@ def test_the_error_lists_all_failed_checks() -> None:
     )
 
 
-def test_a_loss_that_does_not_run_is_not_checked_further() -> None:
-    (loss, _), *_ = BROKEN["declared_needs"]
+@pytest.mark.parametrize("check", _FIRST)
+def test_after_a_check_on_which_others_stand_none_is_run(check: str) -> None:
+    (loss, _), *_ = BROKEN[check]
     report = run_checks(loss)
-    assert [result.check for result in report.passed] == ["prepare_returns"] and len(report.results) == len(CHECKS)
-    assert {result.message for result in report.failed[1:]} == {"not run, because 'declared_needs' failed"}
+    before = list(CHECKS)[: list(CHECKS).index(check)]
+    assert [result.check for result in report.passed] == before and len(report.results) == len(CHECKS)
+    assert [result.check for result in report.failed] == [check]
+    assert {result.message for result in report.not_run} == {f"because '{check}' failed"}
+
+
+def test_the_checks_on_which_others_stand() -> None:
+    assert _FIRST == ["prepare_returns", "declared_needs", "returns", "same_input_same_output"]
+
+
+def test_what_a_loss_prints_or_warns_of_is_not_shown(
+    capsys: pytest.CaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    class Warns(PrintsAWord):
+        def of(self, margin: Tensor) -> Tensor:
+            warnings.warn("a few steps", stacklevel=1)
+            return super().of(margin)
+
+    report = run_checks(Warns)
+    assert [result.check for result in report.failed] == ["no_host_sync"]
+    assert capsys.readouterr().out == "" and not recwarn.list
 
 
 def test_the_report_is_json() -> None:

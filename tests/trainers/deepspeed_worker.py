@@ -14,7 +14,7 @@ from typing import Any
 from tests import tiny
 from trl_custom_losses import CustomDPOConfig, CustomDPOTrainer, LossConfigError
 from trl_custom_losses.callbacks import GradientMonitorCallback
-from trl_custom_losses.trainers.launch import leave_process_group
+from trl_custom_losses.trainers.launch import end_rank
 
 OBJECTIVES = {"pref": {"type": "sigmoid", "beta": 1.0}, "sft": {"type": "sft"}}
 MOVING = {
@@ -75,4 +75,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    leave_process_group()
+    end_rank()

@@ -27,7 +27,7 @@ from trl_custom_losses import (
 )
 from trl_custom_losses.callbacks import GradientMonitorCallback
 from trl_custom_losses.losses.preference import SigmoidLoss
-from trl_custom_losses.trainers.launch import leave_process_group
+from trl_custom_losses.trainers.launch import end_rank
 
 GLOBAL_BATCH = 8
 STEPS = 3
@@ -240,4 +240,4 @@ def main(cases: dict[str, dict[str, Any]] = CASES) -> None:
 
 if __name__ == "__main__":
     main()
-    leave_process_group()
+    end_rank()

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from tests.fsdp_on_cpu import allow_fsdp_on_cpu
 from tests.trainers import deepspeed_worker, distributed_worker
 from trl_custom_losses import LossConfigError
-from trl_custom_losses.trainers.launch import leave_process_group
+from trl_custom_losses.trainers.launch import end_rank
 
 NAMES = (
     "dpo_sigmoid",
@@ -73,4 +73,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    leave_process_group()
+    end_rank()

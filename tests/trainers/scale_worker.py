@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trl_custom_losses.trainers.launch import leave_process_group
+from trl_custom_losses.trainers.launch import end_rank
 
 from .distributed_worker import HIDDEN, main
 
@@ -48,4 +48,4 @@ CASES: dict[str, dict[str, Any]] = {
 
 if __name__ == "__main__":
     main(CASES)
-    leave_process_group()
+    end_rank()

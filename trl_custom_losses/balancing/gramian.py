@@ -15,18 +15,32 @@ from ..types import ModelOutputs, PolicyBatch, PreferenceBatch
 #: What a watched loss observes: products of its components' gradients, before and with their weights.
 WATCHED, WATCHED_WEIGHTED = "watched gradients", "watched weighted gradients"
 
+#: Values of a gradient in half precision that are widened at a time.
+_WIDENED = 2**20
+
 
 def gramian_of(gradients: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Inner products between the gradients of m losses, (m, m).
+    """Inner products between the gradients of m losses, (m, m), in float32 or better.
 
     Args:
         gradients: Of each loss, with respect to the same tensors.
     """
     products = []
     for parts in zip(*gradients, strict=True):  # one tensor, all losses
-        flat = torch.stack([part.flatten() for part in parts])
-        products.append(flat @ flat.T)
+        flat = [part.flatten() for part in parts]
+        # Pair by pair: a matrix product needs a copy of all, and rounds to less where TF32 or autocast is on.
+        found = {(i, j): _dot(flat[i], flat[j]) for i in range(len(flat)) for j in range(i, len(flat))}
+        every = itertools.product(range(len(flat)), repeat=2)
+        products.append(torch.stack([found[min(pair), max(pair)] for pair in every]).view(len(flat), -1))
     return torch.stack(products).sum(0)
+
+
+def _dot(first: Tensor, second: Tensor) -> Tensor:
+    """Inner product of two gradients of one type, (n,), which half precision would round and let overflow."""
+    if first.dtype in (torch.float32, torch.float64):
+        return torch.dot(first, second)
+    pieces = zip(first.split(_WIDENED), second.split(_WIDENED), strict=True)
+    return torch.stack([torch.dot(a.float(), b.float()) for a, b in pieces]).sum()
 
 
 def step_gramian(
@@ -75,14 +89,16 @@ def watch_parts(loss: Loss, gramian: Tensor | None, weights: Sequence[float | Te
 
 
 def watch_whole(loss: Loss, contribution: Tensor, batch: PreferenceBatch | PolicyBatch, outputs: ModelOutputs) -> None:
-    """Let a trainer's loss observe its gradient, if it is watched and no composition in it observes the parts'.
+    """Let a trainer's loss observe its gradient, if it is watched and is no composition that observes its parts'.
+
+    What is around a composition may change its gradient, as `clipped_loss` does.
 
     Args:
         loss: The trainer's.
         contribution: Its share of the micro-batch, a scalar.
         batch, outputs: That it was computed on.
     """
-    if loss.watching and outputs.anchors() and not any(part.watches_parts for part in loss.tree()):
+    if loss.watching and outputs.anchors() and not loss.watches_parts:
         loss.observe(WATCHED, step_gramian([contribution], batch, outputs))
 
 

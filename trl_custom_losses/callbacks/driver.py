@@ -62,9 +62,9 @@ class LossFunctionCallback(TrainerCallback):
         summed = any(loss.observes or loss.watched for loss in losses)
         observed = self._sum_over_ranks(seen) if summed else [{} for _ in losses]
         # The Trainer has counted the step already.
-        metrics = _end_step(self.loss, state.global_step - 1, iter(observed))
-        if metrics:
-            self.log(metrics)
+        told, placed = _end_step(self.loss, state.global_step - 1, iter(observed))
+        if told or placed:
+            self.log(told | placed)
 
     def _sum_over_ranks(self, observed: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """Sums over ranks of what each loss observed, float64, on the host."""
@@ -89,10 +89,31 @@ class LossFunctionCallback(TrainerCallback):
         return [{name: next(pieces).view(values.shape) for name, values in sorted(sums.items())} for sums in observed]
 
 
-def _end_step(loss: Loss, step: int, observed: Iterator[Mapping[str, Tensor]]) -> dict[str, Any]:
-    """Tell a loss and its parts, in the order of `tree`, that a step ended; metrics are named as in a forward pass."""
+def _end_step(
+    loss: Loss, step: int, observed: Iterator[Mapping[str, Tensor]], outer: frozenset[str] = frozenset()
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tell a loss and its parts that a step ended.
+
+    Args:
+        loss: The loss, or a part of it.
+        step: Number of optimizer steps done before.
+        observed: Of the loss and its parts, in the order of `tree`.
+        outer: Names of the components of the losses around it.
+
+    Returns:
+        Metrics that are named as in a forward pass, and those whose names begin with the path of the composition that
+        they are of: without it, gradients named after components could be another composition's.
+    """
     seen = dict(next(observed))
     watched = {name: seen.pop(name) for name in (WATCHED, WATCHED_WEIGHTED) if name in seen}
-    own = dict(loss.on_step_end(step, seen) or {}) | watched_metrics(loss, watched)
-    parts = {name: _end_step(component, step, observed) for name, component in loss.components()}
-    return own | merge_metrics(parts, taken=own)
+    told = dict(loss.on_step_end(step, seen) or {})
+    # Balancing and the monitor find the same cosines.
+    placed = {key: value for key, value in watched_metrics(loss, watched).items() if key not in told}
+    names = frozenset(name for name, _ in loss.components())
+    if loss.watches_parts and names & outer:
+        placed |= {key: told.pop(key) for key in list(told) if key.startswith("grad_cosine/")}
+    parts = {}
+    for name, component in loss.components():
+        parts[name], inner = _end_step(component, step, observed, outer | names)
+        placed |= {f"{name}/{key}": value for key, value in inner.items()}
+    return told | merge_metrics(parts, taken=told), placed

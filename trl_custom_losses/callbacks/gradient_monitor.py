@@ -42,11 +42,13 @@ class GradientMonitorCallback(TrainerCallback):
     |---|---|
     | `grad_norm/<component>` | norm of a component's gradient before its weight |
     | `grad_norm_weighted/<component>` | the same times its weight, with the factor of balancing |
-    | `grad_norm/total` | norm of the weighted sum: below the weighted norms' sum, components oppose each other |
+    | `grad_norm/total` | norm of the weighted sum, before clipping by an enclosing `clipped_loss`: below the weighted \
+norms' sum, components oppose each other |
     | `grad_cosine/<a>/<b>` | cosine between two components' gradients (balancing logs it at every step by itself) |
-    | `grad_norm/<loss>` | of a loss without weighted components, its gradient's norm; then none of the above |
+    | `grad_norm/<loss>` | of a trainer's loss that is no weighted sum, the norm of its gradient: of a `clipped_loss`, \
+after clipping. Alone, unless there is a composition within |
     | `clipped_sequences` | share of sequences with a token whose importance ratio lies beyond a bound that acts; \
-absent where a loss does not clip (`clipped_loss` has its own `clip_fraction`) |
+tokens that TRL's masks drop do not count. Absent where a loss does not clip (`clipped_loss` has `clip_fraction`) |
     | `grad_norm_layer/<layer>` | with `layers`, norm of the gradient of a layer's trained parameters |
 
     Gradients of components are those with respect to the tensors through which a loss reaches the model: per-token
@@ -54,8 +56,10 @@ absent where a loss does not clip (`clipped_loss` has its own `clip_fraction`) |
     those. They are of the whole optimizer step, however it is split into micro-batches and over processes, and of the
     loss alone, without what the trainer adds around it (KL term, entropy bonus, MoE loss).
 
-    A composition within another reports its own components, before and with their weights in it. Where two parts of a
-    loss report the same name, it is logged as `<component>/<metric>`, as other metrics are.
+    A composition within another loss reports its own components, before and with their weights in it, under names that
+    begin with its place: `in/grad_norm/pref` is of `pref` in the component `in`, `base/grad_norm/total` of the
+    composition that a `clipped_loss` clips. The cosines that balancing logs have no place in their name, unless a loss
+    around has a component of one of the same names.
 
     Gradients of layers are the model's own, as the optimizer gets them: averaged over processes and after the Trainer's
     clipping, so that the squares add up to at most `max_grad_norm` squared. A layer is named after its place
@@ -63,10 +67,13 @@ absent where a loss does not clip (`clipped_loss` has its own `clip_fraction`) |
     "head", and other parameters are named after their module. Adapters count for the layer that they sit in.
 
     Neither the loss nor any gradient changes by a bit. In a monitored step each component costs one more backward pass
-    through the loss, from its value to the log-probabilities, never through the model, and memory for one gradient per
-    component of the log-probabilities' size; over processes a few numbers join the sum that losses share. `layers` adds
-    one pass over the gradients. On the quick start's model, small as it is, a monitored step takes about 1 % more, with
-    `layers` 1 % to 2 %. Other steps, and evaluation, cost nothing.
+    through the loss, from its value to the tensors named above, never through the model, and memory for one gradient of
+    their size: small for log-probabilities, large for logits where the loss requires those. A few numbers join the sum
+    over processes that losses share; where no loss observes anything, a monitored step adds that sum, one small
+    collective and one wait of the host. `layers` adds one pass over the gradients.
+
+    On the quick start's model, small as it is, a monitored step takes about 1 % more, with `layers` 1 % to 2 %. Other
+    steps, and evaluation, cost nothing.
 
     Args:
         every: Monitor the optimizer steps whose number, counted from 1 as in the Trainer's logs, it divides.

@@ -23,6 +23,8 @@ _LAST_LOG = "train_runtime"
 class RunReportCallback(TrainerCallback):
     """Draws what the run logged when training ends: pictures and `report.html`, see `plotting.plot_run`.
 
+    The custom trainers also have it drawn when training ends by an exception, as on a loss that is not finite.
+
     `CustomDPOTrainer(..., callbacks=[RunReportCallback()])`; the same for GRPO, and for any other `Trainer`. The report
     is in `<output_dir>/report`, written by the first process alone, with the log it was drawn from beside it. The
     pictures also go to the trackers of `report_to` that are "tensorboard", "wandb" or "trackio", as
@@ -74,12 +76,21 @@ class RunReportCallback(TrainerCallback):
         if self._drawn_at != state.global_step:
             self._report(args, state)
 
-    def _report(self, args: TrainingArguments, state: TrainerState) -> None:
+    def on_abort(self, args: TrainingArguments, state: TrainerState, error: BaseException) -> None:
+        """Draw what was logged before `error` ended the run; the custom trainers call this, and raise it afterwards."""
+        if not state.log_history or self._drawn_at == state.global_step:
+            return
+        try:
+            self._report(args, state, ended=f"{type(error).__name__}: {error}".removesuffix(": "))
+        except BaseException as second:  # who interrupts the drawing shall still be told what ended the run
+            logger.warning("the report of the run was not drawn: %s", type(second).__name__)
+
+    def _report(self, args: TrainingArguments, state: TrainerState, ended: str = "") -> None:
         if not state.is_world_process_zero:
             return
         self._drawn_at = state.global_step
         try:
-            pictures = self._draw(args, state)
+            pictures = self._draw(args, state, ended)
         except Exception as error:  # the model is trained, and must still be saved
             logger.warning("the report of the run was not drawn: %s: %s", type(error).__name__, error)
             return
@@ -91,7 +102,7 @@ class RunReportCallback(TrainerCallback):
             except Exception as error:
                 logger.warning("the report's pictures are not in %s: %s: %s", name, type(error).__name__, error)
 
-    def _draw(self, args: TrainingArguments, state: TrainerState) -> dict[str, tuple[Path, str]]:
+    def _draw(self, args: TrainingArguments, state: TrainerState, ended: str) -> dict[str, tuple[Path, str]]:
         """Write the report; returns path and title of each picture by name."""
         from ..plotting import draw_report
 
@@ -103,6 +114,7 @@ class RunReportCallback(TrainerCallback):
             folder,
             title=self.title or f"Training run {Path(args.output_dir).resolve().name}",
             loss=self.loss or _described(getattr(args, "loss_function", None)),
+            ended=ended,
         )
         logger.info("report of the run: %s", report.html)
         return {path.stem: (path, title) for path, title in zip(report.pictures, report.titles, strict=True)}

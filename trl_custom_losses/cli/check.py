@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,17 +11,19 @@ import yaml
 
 from ..errors import LossConfigError
 from ..registry import LossFunctionRegistry
-from .files import look_here, losses_in
+from .files import look_here, losses_in, refuse_paths
 from .options import AsJson
 from .output import coloured, paragraph, print_json
 
 if TYPE_CHECKING:
     from ..testing import CheckReport
+    from ..testing.report import Status
 
 
 def check(
     loss: Annotated[
-        str | None, typer.Argument(help="A registered name, an import path 'module:loss', or a Python file.")
+        str | None,
+        typer.Argument(metavar="LOSS", help="A registered name, an import path 'module:loss', or a Python file."),
     ] = None,
     hyperparameters: Annotated[
         list[str] | None,
@@ -39,13 +42,11 @@ def check(
     values = _parsed(hyperparameters or [])
     if values and every:
         raise typer.BadParameter("values belong to one loss, not to --all", param_hint="-p")
-    from ..testing import run_checks
-
     look_here()
     names = LossFunctionRegistry.names() if loss is None else _named(loss, values)
     reports = []
     for name in names:
-        report = run_checks(name, **{**_example(name), **values})
+        report = _checked(name, values, only=name == loss)
         reports.append(report)
         if not as_json:
             typer.echo(_compact(report) if every else _full(report))
@@ -62,11 +63,25 @@ def check(
 
 def _named(loss: str, values: dict[str, Any]) -> list[str]:
     if not loss.endswith(".py"):
+        refuse_paths(loss, "check", takes_files=True)
         return [loss]
     names = losses_in(Path(loss))
     if values and len(names) > 1:
         raise LossConfigError(f"`-p` is for one loss, but {loss} holds {', '.join(names)}: check 'module:loss' instead")
     return names
+
+
+def _checked(name: str, values: dict[str, Any], *, only: bool) -> CheckReport:
+    """The report on one loss; one of several that cannot be built has failed, and the others are still checked."""
+    from ..testing import CheckReport, CheckResult, run_checks
+
+    try:
+        return run_checks(name, **{**_example(name), **values})
+    except LossConfigError as error:
+        if only:
+            raise
+        description = "The loss can be built, by its defaults and its `example`."
+        return CheckReport(name, "", (CheckResult("builds", description, "failed", str(error)),))
 
 
 def _example(name: str) -> dict[str, Any]:
@@ -80,6 +95,8 @@ def _parsed(words: list[str]) -> dict[str, Any]:
         name, equals, text = word.partition("=")
         if not equals or not name.isidentifier():
             raise typer.BadParameter(f"expected NAME=VALUE, found {word!r}", param_hint="-p")
+        if name in values:
+            raise typer.BadParameter(f"'{name}' is given twice", param_hint="-p")
         try:
             values[name] = _number(yaml.safe_load(text))
         except yaml.YAMLError as error:
@@ -95,26 +112,39 @@ def _number(value: Any) -> Any:
         return value
 
 
-def _mark(ok: bool) -> str:
-    return coloured("ok    ", "green") if ok else coloured("FAILED", "red")
+_MARKS = {"passed": ("ok    ", "green"), "failed": ("FAILED", "red"), "not run": ("-     ", "yellow")}
+
+
+def _marked(status: Status, text: str) -> str:
+    """The text behind the mark of a status, wrapped."""
+    return f"{coloured(*_MARKS[status])}  {paragraph(text, 8).lstrip()}"
 
 
 def _summary(report: CheckReport) -> str:
-    total = len(report.results)
-    result = f"all {total} checks passed" if report.ok else f"{len(report.failed)} of {total} checks failed"
-    return f"{report.loss} ({report.family or 'not built'}): {result} in {report.seconds:.1f} s"
+    if not report.family:
+        return f"{report.loss}: could not be built"
+    total, failed, not_run = len(report.results), len(report.failed), len(report.not_run)
+    result = f"all {total} checks passed" if report.ok else f"{failed} of {total} checks failed"
+    result += f", {not_run} not run" if not_run else ""
+    return f"{report.loss} ({report.family}): {result} in {report.seconds:.1f} s"
 
 
 def _compact(report: CheckReport) -> str:
-    return "\n".join([f"{_mark(report.ok)}  {_summary(report)}", *_messages(report)])
+    return "\n".join(
+        [f"{coloured(*_MARKS['passed' if report.ok else 'failed'])}  {_summary(report)}", *_messages(report)]
+    )
 
 
 def _full(report: CheckReport) -> str:
     lines = []
     for result in report.results:
-        lines.append(f"{_mark(result.ok)}  {result.check}")
-        if not result.ok:
+        if result.status == "not run":
+            continue
+        lines.append(_marked(result.status, f"{result.check} ({result.note})" if result.note else result.check))
+        if result.status == "failed":
             lines += [_indented(f"expected: {result.description}"), _indented(result.message)]
+    for reason, count in Counter(result.message for result in report.not_run).items():
+        lines.append(_marked("not run", f"{count} check{'s' if count > 1 else ''} not run, {reason}"))
     return "\n".join([*lines, _summary(report)])
 
 

@@ -8,14 +8,16 @@ from typing import Annotated
 import typer
 
 from ..errors import LossConfigError
-from .files import look_here
+from .files import look_here, refuse_paths
 
 
 def plot(
     run: Annotated[
         Path | None, typer.Argument(metavar="RUN_DIR", help="A run's output folder, or one of its checkpoints.")
     ] = None,
-    loss: Annotated[str | None, typer.Option(help="A loss in place of a run: its value and its gradient.")] = None,
+    loss: Annotated[
+        str | None, typer.Option(metavar="LOSS", help="A loss in place of a run: its value and its gradient.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder for the pictures of a run, or file for the picture of a loss.")
     ] = None,
@@ -35,6 +37,7 @@ def plot(
 
     if loss is not None:
         look_here()
+        refuse_paths(loss, "plot --loss")
         paths = [plot_loss(loss, output or Path(f"{loss.replace(':', '.')}.png"))]
     else:
         report = plot_run(run, output)

@@ -21,6 +21,31 @@ def look_here() -> None:
     look_in(os.getcwd())
 
 
+def refuse_paths(name: str, command: str, *, takes_files: bool = False) -> None:
+    """Refuse a file or a folder where a loss is named.
+
+    Args:
+        name: As given; of a loss, registered or not, in all other cases.
+        command: It is given to.
+        takes_files: Whether the command takes Python files, which are then no matter of this check.
+
+    Raises:
+        LossConfigError: It is that of a file or folder; the message says what to give.
+    """
+    if ":" in name or name in LossFunctionRegistry.names():
+        return
+    path = Path(name)
+    file = path if path.suffix == ".py" else Path(f"{name}.py")
+    is_file = os.path.isfile(file)  # which takes any text, unlike `Path.is_file`
+    if takes_files and is_file:
+        raise LossConfigError(f"there is no loss named '{name}': did you mean {file}?")
+    if path == file or is_file or os.path.exists(path):
+        kinds = "a name, 'module:loss' or a Python file" if takes_files else "a name or 'module:loss'"
+        found = f"the folder {name}" if os.path.isdir(path) else f"'{name}'"
+        hint = f": `trl-custom-losses check {file}` names its losses" if is_file else ""
+        raise LossConfigError(f"`{command}` takes {kinds}, found {found}{hint}")
+
+
 def losses_in(file: Path) -> list[str]:
     """The losses that a Python file registers or defines, by the names that a config would use.
 

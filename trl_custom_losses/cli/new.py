@@ -20,7 +20,7 @@ _EXAMPLES = {"preference": ("dpo", "beta: 0.1, target: 0.5"), "policy": ("grpo",
 
 
 def new(
-    name: Annotated[str, typer.Argument(help="Name of the loss, and of its file.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the loss, and of its file.")],
     family: Annotated[FamilyName, typer.Option(help="preference for DPO, policy for GRPO.")],
     form: Annotated[FormName, typer.Option(help="A function, or a class with room for state.")] = FormName.function,
     folder: Annotated[Path, typer.Option(help="Where to write; made if it is not there.")] = Path("."),
@@ -37,6 +37,8 @@ def new(
     there = [path for path in paths if path.exists()]
     if there and not force:
         raise LossConfigError(f"{' and '.join(map(str, there))} exist already: choose another name, or --force")
+    if folder.exists() and not folder.is_dir():
+        raise LossConfigError(f"could not write to {folder}, which is a file: give a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path, source in paths.items():
@@ -66,6 +68,8 @@ def rendered(name: str, family: str, form: str) -> dict[str, str]:
         raise LossConfigError(f"a loss is named by letters, digits and underscores, such as 'my_loss', found {name!r}")
     if keyword.iskeyword(name):
         raise LossConfigError(f"'{name}' is a keyword of Python: choose another name")
+    if name == "conftest" or name.startswith("test_"):
+        raise LossConfigError(f"pytest would take '{name}', the file or the loss, for its own: choose another name")
     source, test = _template(f"{family}_{form}"), _template(f"{family}_test")
     if name in _names_in(source):
         raise LossConfigError(f"'{name}' means something else in the loss's own code: choose another name")

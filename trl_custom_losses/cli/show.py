@@ -11,7 +11,7 @@ import yaml
 from ..cards import LossCard, loss_card
 from ..hyperparameters import Hyperparameter
 from ..registry import LossFunctionRegistry
-from .files import look_here
+from .files import look_here, refuse_paths
 from .options import AsJson
 from .output import bold, paragraph, print_json
 
@@ -23,7 +23,7 @@ _TRAINERS = {
 
 
 def show(
-    name: Annotated[str, typer.Argument(help="A registered name, or an import path 'module:loss'.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A registered name, or an import path 'module:loss'.")],
     as_json: AsJson = False,
 ) -> None:
     """Show what there is to know of a loss.
@@ -31,6 +31,7 @@ def show(
     Its formula, hyperparameters, needs, metrics, limits and source, and a config that builds.
     """
     look_here()
+    refuse_paths(name, "show")
     card = loss_card(name)
     metrics = metrics_of(card)
     if as_json:

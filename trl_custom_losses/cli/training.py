@@ -38,10 +38,10 @@ def grpo(context: typer.Context) -> None:
 
 
 def _train(context: typer.Context, train: Callable[..., Any], trainer: str) -> None:
-    from ..trainers.launch import leave_process_group
+    from ..trainers.launch import end_rank
 
     name = str(context.info_name)
     if {"-h", "--help"} & set(context.args):
         typer.echo(_LAUNCHING.format(name=name, trainer=trainer))
     train(context.args, prog=f"trl-custom-losses {name}")
-    leave_process_group()
+    end_rank()

@@ -11,7 +11,7 @@ try:
     import matplotlib  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        f"trl_custom_losses.plotting needs '{error.name}', which is missing: pip install 'trl-custom-losses[plot]'"
+        f"trl_custom_losses.plotting needs matplotlib and jinja2 ({error}): pip install 'trl-custom-losses[plot]'"
     ) from error
 
 from .curves import drawable_losses, why_not_drawable

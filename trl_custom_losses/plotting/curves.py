@@ -37,6 +37,8 @@ class PreferenceCurve:
         values: Loss, (n,).
         chosen, rejected: Derivative of the loss by the log-ratio of the chosen and of the rejected completion, (n,).
         beta: Of the loss, None if it has none.
+        reference: The assumed log-probability of both completions under the reference, nats, if the numbers depend on
+            it and not on the margin alone; else None.
     """
 
     margins: np.ndarray
@@ -44,6 +46,7 @@ class PreferenceCurve:
     chosen: np.ndarray
     rejected: np.ndarray
     beta: float | None
+    reference: float | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ def build(config: str | Mapping[str, Any]) -> Loss:
     Raises:
         LossConfigError: It cannot be built.
     """
+    if not isinstance(config, (str, Mapping)):
+        raise LossConfigError(f"a loss was needed, as a name or a dict with 'type'; found {config!r}")
     settings = {"type": config} if isinstance(config, str) else dict(config)
     if isinstance(settings.get("type"), str):
         loss_class = LossFunctionRegistry.get(settings["type"])
@@ -161,7 +166,9 @@ def preference_curve(loss: Loss, reach: float | None = None, *, points: int = _P
     reference = -1 - reach / 2  # low enough for the policy's log-probabilities to be below 0
     found = [_pair(loss, margin, reference) for margin in margins]
     values, chosen, rejected = np.array(found).T
-    return PreferenceCurve(margins.numpy(), values, chosen, rejected, beta)
+    middle = points // 2  # with another reference, is it another number?
+    absolute = not np.allclose(found[middle], _pair(loss, margins[middle], reference - 1.0))
+    return PreferenceCurve(margins.numpy(), values, chosen, rejected, beta, reference if absolute else None)
 
 
 def _pair(loss: Loss, margin: torch.Tensor, reference: float) -> tuple[float, float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -14,6 +15,8 @@ import numpy as np
 
 from ..errors import LossConfigError
 
+logger = logging.getLogger(__name__)
+
 #: Where the report's folder is, inside of the run's.
 REPORT_FOLDER = "report"
 STATE_FILE = "trainer_state.json"
@@ -22,6 +25,8 @@ STATE_FILE = "trainer_state.json"
 _ONCE = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
 _EVALUATION_SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 _POSITION = ("step", "epoch")
+#: Larger values count as not finite: sums and axes of them would overflow. Larger steps are none.
+_LARGEST, _LARGEST_STEP = 1e100, 1e15
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Series:
 
     Args:
         steps: Optimizer steps done when it was logged, rising, (n,).
-        values: (n,); NaN where what was logged is not finite.
+        values: (n,); NaN where what was logged is not finite, or beyond 1e100.
     """
 
     steps: np.ndarray
@@ -49,8 +54,14 @@ class Series:
 
     def at(self, steps: np.ndarray) -> np.ndarray:
         """Values at `steps`, NaN where it was not logged."""
-        known = dict(zip(self.steps.tolist(), self.values.tolist(), strict=True))
-        return np.array([known.get(step, math.nan) for step in steps.tolist()])
+        if not self.steps.size:
+            return np.full(steps.size, math.nan)
+        place = np.searchsorted(self.steps, steps).clip(max=self.steps.size - 1)
+        return np.where(self.steps[place] == steps, self.values[place], math.nan)
+
+
+#: Of a metric that was not logged.
+NOTHING = Series(np.array([]), np.array([]))
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,7 @@ class History:
         train: Series of what training logged, by name.
         evaluations: The same of evaluations, without the prefix "eval_", by data set ("" if there is one only).
         once: What was logged once at the end, such as the run time.
-        not_finite: Number of NaN and infinite values by name, as logged.
+        not_finite: Number of NaN, infinite and enormous values by name, as logged.
     """
 
     train: Mapping[str, Series]
@@ -88,13 +99,13 @@ class History:
         not_finite: dict[str, int] = {}
         for entry in entries:
             step = _number(entry.get("step")) if isinstance(entry, Mapping) else None
-            if step is None or not math.isfinite(step):
+            if step is None or not abs(step) <= _LARGEST_STEP:
                 continue
             for name, logged in entry.items():
                 value = _number(logged)
                 if value is None or name in _POSITION:
                     continue
-                if not math.isfinite(value):
+                if not abs(value) <= _LARGEST:
                     not_finite[name] = not_finite.get(name, 0) + 1
                     value = math.nan
                 if name in _ONCE:
@@ -138,10 +149,10 @@ def _by_dataset(series: Mapping[str, Series], train: Mapping[str, Series]) -> di
 
 
 def read_state(run_dir: str | Path) -> tuple[dict[str, Any], Path]:
-    """The newest `trainer_state.json` of a run's folder, and where it was.
+    """The newest `trainer_state.json` of a run's folder that can be read, and where it was; a warning names the others.
 
     Raises:
-        LossConfigError: There is none, or it cannot be read; the message says where was looked.
+        LossConfigError: There is none, or none can be read; the message says where was looked.
     """
     folder = Path(run_dir)
     if not folder.is_dir():
@@ -151,15 +162,25 @@ def read_state(run_dir: str | Path) -> tuple[dict[str, Any], Path]:
     numbered = [(int(match[1]), path) for path in folder.iterdir() if (match := _checkpoint(path))]
     places = [path / STATE_FILE for _, path in sorted(numbered, reverse=True)]
     places += [folder / STATE_FILE, folder / REPORT_FOLDER / STATE_FILE]
-    newest = next((path for path in places if path.is_file()), None)
-    candidates = [path for path in (newest, *places[-2:]) if path is not None and path.is_file()]
+    candidates = [path for path in places if path.is_file()]
     if not candidates:
         raise LossConfigError(
             f"there is no log of a run in {folder}: looked for checkpoint-*/{STATE_FILE}, {STATE_FILE} and "
             f"{REPORT_FOLDER}/{STATE_FILE}. A run that saves nothing has one if it is trained with "
             "`callbacks=[RunReportCallback()]`, or calls `trainer.save_state()` at its end"
         )
-    states = [(_read(path), path) for path in dict.fromkeys(candidates)]
+    states, problems = [], []
+    for path in candidates:
+        if states and _checkpoint(path.parent):
+            continue  # older than the one that was read
+        try:
+            states.append((_read(path), path))
+        except LossConfigError as error:
+            problems.append(str(error))
+    if not states:
+        raise LossConfigError("; ".join(problems))
+    for problem in problems:
+        logger.warning("%s; the log is read from another file", problem)
     # A finished run's own file goes on after its last checkpoint.
     return max(states, key=lambda found: (_number(found[0].get("global_step")) or 0, len(found[0]["log_history"])))
 
@@ -171,7 +192,7 @@ def _checkpoint(path: Path) -> re.Match[str] | None:
 def _read(path: Path) -> dict[str, Any]:
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LossConfigError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(state, dict) or not isinstance(state.get("log_history"), list):
         raise LossConfigError(f"{path} is no Trainer's state: a list 'log_history' was needed")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 
 from ..base import Loss
 from ..errors import LossConfigError
+from ..schedules import Schedule
 from ..types import Family
 from .curves import PolicyCurve, PreferenceCurve, drawable, drawable_losses, policy_curve, preference_curve
 from .style import drawing, finish_axes, label_text, new_figure, save, style
@@ -45,10 +47,10 @@ def plot_loss(config_or_name: str | Mapping[str, Any], path: str | Path) -> Path
     loss = drawable(config_or_name)
     with drawing():
         figure, (value, gradient) = new_figure(1, 2, size=(11.0, 3.8))
-        _draw(loss, value, gradient)
+        curve = _draw(loss, value, gradient)
         value.set_title(f"{label_text(loss.name)}: the loss of one {_unit(loss)}")
         gradient.set_title("Its gradient: below 0, a step raises the log-probability")
-        figure.supxlabel(_subtitle(loss), fontsize=9, color="#444444")
+        figure.supxlabel(_subtitle(loss) + _assumed(curve), fontsize=9, color="#444444")
         return save(figure, Path(path))
 
 
@@ -111,22 +113,52 @@ def _unit(loss: Loss) -> str:
     return "pair" if loss.family == "preference" else "token"
 
 
+def _settings(loss: Loss, name: str = "") -> Iterator[str]:
+    """Hyperparameters of a loss and of all that it is made of; of a composition, its weights."""
+    label = f"{name}: " if name else ""
+    if loss.composite:
+        yield f"{label}{loss.extra_repr()}"
+        for component, child in loss.components():
+            yield from _settings(child, component)
+        return
+    values = loss.hyperparameters()
+    if values.get("epsilon_high", 0) is None:  # the bound in force
+        values["epsilon_high"] = values.get("epsilon")
+    shown = {key: value for key, value in values.items() if isinstance(value, (int, float, str, Schedule))}
+    if shown:
+        yield label + ", ".join(f"{key} = {value}" for key, value in shown.items())
+
+
 def _subtitle(loss: Loss) -> str:
-    values = {key: value for key, value in loss.hyperparameters().items() if isinstance(value, (int, float, str))}
-    text = ", ".join(f"{key} = {value}" for key, value in values.items())
-    text = text if len(text) <= 150 else f"{text[:149]}…"
+    text = "; ".join(part for part in _settings(loss) if part)
+    text = textwrap.fill(text, 150, max_lines=2, placeholder=" …")
+    if any(part.schedules for part in loss.tree()):
+        text += "\nscheduled hyperparameters have the value of the first step"
     if any(part.stop_gradient for part in loss.tree()):
         text += "\nparts of it are detached: the gradient is not the slope of the loss"
     return text
 
 
-def _draw(loss: Loss, value: Axes, gradient: Axes, *, small: bool = False) -> None:
+def _assumed(curve: PreferenceCurve | PolicyCurve) -> str:
+    if not isinstance(curve, PreferenceCurve) or curve.reference is None:
+        return ""
+    return (
+        f"\nthe numbers do not follow from the margin alone: both completions have {curve.reference:g} nats under the "
+        "reference here"
+    )
+
+
+def _draw(loss: Loss, value: Axes, gradient: Axes, *, small: bool = False) -> PreferenceCurve | PolicyCurve:
+    points = _FEW if small else _MANY
     if loss.family == "preference":
-        _draw_preference(preference_curve(loss, points=_FEW if small else _MANY), value, gradient, small=small)
-    elif loss.family == "policy":
-        _draw_policy(policy_curve(loss, points=_FEW if small else _MANY), value, gradient, small=small)
-    else:
-        raise LossConfigError(f"the loss '{loss.name}' belongs to no family")
+        pair = preference_curve(loss, points=points)
+        _draw_preference(pair, value, gradient, small=small)
+        return pair
+    if loss.family == "policy":
+        token = policy_curve(loss, points=points)
+        _draw_policy(token, value, gradient, small=small)
+        return token
+    raise LossConfigError(f"the loss '{loss.name}' belongs to no family")
 
 
 def _draw_preference(curve: PreferenceCurve, value: Axes, gradient: Axes, *, small: bool) -> None:

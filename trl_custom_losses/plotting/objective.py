@@ -1,22 +1,19 @@
-"""Pictures of the objective: the loss, its components, their weights, what moves, and their gradients."""
+"""Pictures of the objective: the loss, its components, their weights, and what moves."""
 
 from __future__ import annotations
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter
 
 from ..registry import LossFunctionRegistry
-from .components import Group, groups_of
+from .components import Component, Group, groups_of
 from .history import History
-from .lines import draw_evaluations, draw_series, running_mean, window_of
-from .picture import Panel, Picture, Pictures, picture_of, smoothed
-from .style import finish_axes, label_text, legend_beside, new_figure, style
+from .lines import draw_evaluations, draw_series, evaluation_entries, running_mean, spread_out, widened, window_of
+from .page import unit_of
+from .picture import MOST_CURVES, Panel, Picture, Pictures, keys, panels, picture_of, smoothed
+from .style import finish_axes, label_text, legend_beside, legend_height, new_figure, style
 
-#: More curves than this in one panel cannot be told apart.
-_MOST_CURVES = 8
 _MOST_PANELS = 8
 #: Hyperparameters of losses that are also what the Trainer calls something of its own.
 _NOT_MOVING = {"learning_rate", "loss", "entropy", "kl", "reward"}
@@ -42,21 +39,27 @@ def component_pictures(history: History) -> Pictures:
     """Each composition's weighted components, stacked; below, each component before its weight."""
     pictures = []
     for index, group in enumerate(groups_of(history.train)):
-        figure, (stacked, plain) = new_figure(2, 1, size=(8.4, 6.6))
+        drawn, rest = largest(group)
+        evaluations = [f"{part.key}_loss" for part in drawn]
+        height = max(3.0, legend_height(len(drawn) + 2 + len(history.evaluations)))
+        figure, (stacked, plain) = new_figure(2, 1, size=(8.4, 0.6 + 2 * height))
         draw_stack(stacked, group)
         of = f" of {label_text(group.name)}" if group.name else ""
         finish_axes(stacked, title=f"Each component{of} times its weight, stacked", y="loss x weight")
-        for number, component in enumerate(group.components):
-            draw_series(plain, component.loss, style(number), label_text(component.name))
-            evaluated = history.evaluated(f"{component.key}_loss")
-            draw_evaluations(plain, evaluated, style(number), label_text(component.name))
+        for number, component in enumerate(drawn):
+            draw_series(plain, component.loss, style(number), _component_label(component))
+            draw_evaluations(plain, history, f"{component.key}_loss", style(number))
         finish_axes(plain, title="Each component before its weight", y="loss")
-        legend_beside(plain)
+        entries = list(zip(*plain.get_legend_handles_labels(), strict=True))
+        legend_beside(plain, entries + evaluation_entries(history, evaluations))
         caption = (
             "Above, how much each component adds to the total (black line); components below 0 take away from it and "
             "are stacked downwards. Below, the components as they are, before their weights. Losses of "
             "log-probabilities are in nats."
         )
+        caption += "".join(f" {label_text(part.name)} was never finite." for part in group.never_finite)
+        if rest:
+            caption += f" The {len(rest)} components that add least are one area above, and left out below."
         missing = group.missing_share()
         if missing > 0.01:
             caption += (
@@ -71,169 +74,121 @@ def component_pictures(history: History) -> Pictures:
     return pictures
 
 
+def largest(group: Group) -> tuple[list[Component], list[Component]]:
+    """The components that add most to the total, and the rest; both in the group's order.
+
+    All are drawn if there are styles for all. Those that were never finite come last.
+    """
+    parts = list(group.components)
+    if len(parts) <= MOST_CURVES:
+        return parts, []
+    size = {part.key: np.nanmean(np.abs(part.weighted(group.steps))) if part.finite else -1.0 for part in parts}
+    kept = sorted(parts, key=lambda part: -np.nan_to_num(size[part.key]))[: MOST_CURVES - 1]
+    return [part for part in parts if part in kept], [part for part in parts if part not in kept]
+
+
+def _component_label(component: Component) -> str:
+    return label_text(component.name) + ("" if component.finite else " (never finite)")
+
+
 def draw_stack(axes: Axes, group: Group) -> None:
     """Stack weighted components over steps: what is above 0 upwards, what is below 0 downwards.
 
-    Where a component was not logged, the stack has a gap.
+    Where a component was not logged, or is not finite, the stack has a gap; one that never was is left out of it. Of
+    many, those that add least are one area.
     """
-    steps, weighted = group.steps, group.weighted()
-    known = np.isfinite(weighted).all(0)
-    weighted = np.where(known, weighted, np.nan)
+    steps = group.steps
+    drawn, rest = largest(group)
+    rows = [(_component_label(part), part.weighted(steps) if part.finite else None) for part in drawn]
+    if rest:
+        others = [part.weighted(steps) for part in rest if part.finite]
+        rows.append((f"{len(rest)} others", np.sum(others, axis=0) if others else None))
+    present = [values for _, values in rows if values is not None]
+    known = np.isfinite(present).all(0) if present else np.zeros(steps.size, dtype=bool)
     window = window_of(steps.size)
-    if window > 1:
-        weighted = np.stack([running_mean(row, window) for row in weighted])
-    above, below = np.zeros(steps.size), np.zeros(steps.size)
+    shown = spread_out(steps.size)
+    smooth = [running_mean(np.where(known, values, np.nan), window)[shown] for values in present]
+    line_steps = steps[shown]
+    steps_of_areas, *smooth = with_crossings(*widened(line_steps, *smooth))
+    above, below = np.zeros(steps_of_areas.size), np.zeros(steps_of_areas.size)
+    areas = iter(smooth)
     entries: list[tuple[object, str]] = []
-    for index, (component, values) in enumerate(zip(group.components, weighted, strict=True)):
+    for index, (label, found) in enumerate(rows):
         look = style(index)
         paint = {"facecolor": look.pale, "edgecolor": look.color, "hatch": look.hatch, "linewidth": 0.8}
+        entries.append((Patch(**paint), label))
+        if found is None:
+            continue
+        values = next(areas)
         for part, base in ((np.maximum(values, 0), above), (np.minimum(values, 0), below)):
             if np.nanmax(np.abs(part), initial=0.0) > 0:
-                axes.fill_between(steps, base, base + part, **paint)
+                axes.fill_between(steps_of_areas, base, base + part, **paint)
         above, below = above + np.maximum(values, 0), below + np.minimum(values, 0)
-        entries.append((Patch(**paint), label_text(component.name)))
-    total = group.total.at(steps) if group.total is not None else weighted.sum(0)
-    total = running_mean(total, window)
+    sums = np.sum(present, axis=0) if present else np.full(steps.size, np.nan)
+    total = running_mean(sums if group.total is None else group.total.at(steps), window)[shown]
     few = "o" if steps.size <= 30 else None
-    (line,) = axes.plot(steps, total, color="#000000", linewidth=1.8, marker=few, markersize=4)
+    (line,) = axes.plot(line_steps, total, color="#000000", linewidth=1.8, marker=few, markersize=4)
     axes.axhline(0.0, color="#000000", linewidth=0.8)
     entries.append((line, "total" if group.total is not None else "their sum"))
     legend_beside(axes, entries)
 
 
+def with_crossings(steps: np.ndarray, *curves: np.ndarray) -> list[np.ndarray]:
+    """Steps and curves, with a point added to all wherever one of them crosses 0 between two steps.
+
+    Without it, what is above 0 would fade out, and what is below 0 fade in, over the whole way between the two.
+    """
+    places, shares = [], []
+    for curve in curves:
+        at = np.flatnonzero(curve[:-1] * curve[1:] < 0)
+        places += at.tolist()
+        shares += (curve[at] / (curve[at] - curve[at + 1])).tolist()
+    order = np.lexsort((shares, places))
+    place, share = np.array(places, dtype=int)[order], np.array(shares)[order]
+    return [
+        np.insert(values.astype(float), place + 1, values[place] + share * (values[place + 1] - values[place]))
+        for values in (steps, *curves)
+    ]
+
+
 def weight_picture(history: History) -> Pictures:
     """Weights of components."""
-    names = {key: key.removesuffix("_weight") for key in _keys(history, suffix="_weight")}
+    names = {key: key.removesuffix("_weight") for key in keys(history, suffix="_weight")}
     names = {key: label for key, label in names.items() if f"{label}_loss" in history.train}
     return picture_of(
         "weights",
         "How the components are weighted",
         "The factor of each component in the total, with schedules, rules and gradient balancing in it. No unit.",
-        _panels("Weight of each component", "weight", names),
+        panels("Weight of each component", "weight", names),
         history,
     )
 
 
 def moving_picture(history: History) -> Pictures:
     """Hyperparameters that move: `adaptive_beta` with what it follows, and all that are scheduled."""
-    adaptive = [("adaptive_beta", "beta", "per nat"), ("adaptive_margin", "margin that beta follows", "nats")]
-    adaptive += [("adaptive_kl", "KL to the reference that beta follows", "nats")]
-    known = {name: (label, unit) for name, label, unit in adaptive}
+    adaptive = ("adaptive_beta", "adaptive_margin", "adaptive_kl")
+    titles = {}
     declared = {
         hyperparameter
         for loss in LossFunctionRegistry.names()
         for hyperparameter in LossFunctionRegistry.get(loss).declared_hyperparameters()
     }
-    for key in _keys(history):
+    for key in keys(history):
         own = key.rsplit("/", 1)[-1]
-        if own in known:
-            known[key] = known[own]
+        if own in adaptive:
+            titles[key] = key
         elif own in declared - _NOT_MOVING and (own == key or f"{key.removesuffix(f'/{own}')}_loss" in history.train):
-            known[key] = (key, "value")
-    panels = [Panel(label_text(label), unit, {key: label}, evaluations=False) for key, (label, unit) in known.items()]
-    panels = [panel for panel in panels if panel.logged(history)][:_MOST_PANELS]
+            titles[key] = f"{key} (scheduled)"
+    drawn = [
+        Panel(label_text(title), unit_of(key) or "value", {key: label_text(key)}, evaluations=False)
+        for key, title in titles.items()
+    ]
+    drawn = [panel for panel in drawn if panel.logged(history)][:_MOST_PANELS]
     return picture_of(
         "hyperparameters",
         "Hyperparameters that move",
-        "Values that a schedule sets, or that a loss adapts to the training. Beta is per nat of log-ratio.",
-        panels,
+        "Values that a schedule sets, or that a loss adapts to the training. An adaptive beta follows the margin, or "
+        "the KL to the reference, that is drawn with it.",
+        drawn,
         history,
     )
-
-
-def gradient_pictures(history: History) -> Pictures:
-    """Cosines between components' gradients, their norms, clipped sequences, and norms by layer."""
-    cosines = {key: _after(key, "grad_cosine/").replace("/", " and ") for key in _keys(history, part="grad_cosine/")}
-    pictures = picture_of(
-        "gradient-cosines",
-        "Whether the components pull together",
-        "Cosine between the gradients of two components with respect to the model's outputs over an optimizer step: 1 "
-        "if they agree, 0 if they have nothing to do with each other, below 0 if they pull apart.",
-        _panels("Cosine between two components' gradients", "cosine", cosines, (-1.0, 1.0)),
-        history,
-    )
-    for picture, _ in pictures:
-        for axes in picture.figure.axes:
-            axes.axhline(0.0, color="#000000", linewidth=0.8)
-    norms = {key: _after(key, "grad_norm/") for key in _keys(history, part="grad_norm/")}
-    weighted = {key: _after(key, "grad_norm_weighted/") for key in _keys(history, part="grad_norm_weighted/")}
-    if weighted:
-        weighted |= {key: norms.pop(key) for key in list(norms) if key.endswith("grad_norm/total")}
-    pictures += picture_of(
-        "gradient-norms",
-        "How strongly each component pulls",
-        "Norm of each component's gradient with respect to the model's outputs over an optimizer step, before and with "
-        "its weight, in units of the loss per nat; total is the norm of their weighted sum. The share of sequences "
-        "that clipping holds back, where a loss clips.",
-        [
-            *_panels("Gradient of each component before its weight", "norm", norms, (0.0, None)),
-            *_panels("Gradient of each component with its weight", "norm", weighted, (0.0, None)),
-            Panel("Clipped sequences", "share", {"clipped_sequences": "clipped sequences"}, (0.0, 1.0)),
-        ],
-        history,
-    )
-    return pictures + layer_picture(history)
-
-
-def layer_picture(history: History) -> Pictures:
-    """Norm of the gradient in each layer over the steps, as a map."""
-    keys = [key for key in _keys(history, part="grad_norm_layer/") if history.train[key].drawable]
-    if not keys:
-        return []
-    keys.sort(key=lambda key: _depth(_after(key, "grad_norm_layer/")))
-    steps = np.unique(np.concatenate([history.train[key].steps for key in keys]))
-    values = np.stack([history.train[key].at(steps) for key in keys])
-    positive = values[np.isfinite(values) & (values > 0)]
-    wide = positive.size > 0 and positive.max() > 20 * positive.min()
-    figure, (axes,) = new_figure(size=(8.4, 1.6 + 0.22 * min(len(keys), 60)))
-    image = axes.pcolormesh(
-        np.arange(steps.size + 1),
-        np.arange(len(keys) + 1),
-        np.where(values > 0, values, np.nan) if wide else values,
-        cmap="cividis",
-        norm=LogNorm() if wide else None,
-    )
-    ticks = np.arange(0, steps.size, -(-steps.size // 10))
-    axes.set_xticks(ticks + 0.5, [f"{steps[tick]:g}" for tick in ticks])
-    rows = range(0, len(keys), -(-len(keys) // 40))
-    axes.set_yticks([row + 0.5 for row in rows], [label_text(_after(keys[row], "grad_norm_layer/")) for row in rows])
-    finish_axes(axes, title="Gradient norm of each layer", y="layer")
-    axes.grid(visible=False)
-    # Powers of ten would be written as formulas, which are off.
-    figure.colorbar(
-        image, ax=axes, label="norm (loss per unit of weight)", format=FuncFormatter(lambda value, _: f"{value:g}")
-    )
-    caption = "Norm of the gradient of each layer's trained parameters, as the optimizer gets it; bright is large."
-    return [(Picture("gradient-layers", "Where in the model the gradient is", caption, figure), set(keys))]
-
-
-def _depth(layer: str) -> tuple[int, list[str]]:
-    """From the embeddings to the output; numbers by value."""
-    place = 0 if layer == "embedding" else 2 if layer == "head" else 1
-    return place, [part.zfill(6) if part.isdigit() else part for part in layer.split(".")]
-
-
-def _keys(history: History, *, suffix: str = "", part: str = "") -> list[str]:
-    """Names of metrics that end in `suffix` and have `part` at their beginning or after a slash."""
-    return [
-        key
-        for key in sorted(history.train)
-        if key.endswith(suffix) and (key.startswith(part) or f"/{part}" in key) and history.train[key].drawable
-    ]
-
-
-def _after(key: str, part: str) -> str:
-    """The name without the first `part`, with the composition in front of it, if there is one."""
-    before, _, rest = key.partition(part)
-    return before + rest
-
-
-def _panels(
-    title: str, unit: str, names: dict[str, str], limits: tuple[float | None, float | None] = (None, None)
-) -> list[Panel]:
-    """As many panels as it takes to draw all curves; what they show moves with the training alone."""
-    items = list(names.items())
-    return [
-        Panel(title, unit, dict(items[start : start + _MOST_CURVES]), limits, evaluations=False)
-        for start in range(0, len(items), _MOST_CURVES)
-    ]

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from .history import History, Series
+from .history import NOTHING, History
 from .picture import Picture
 
 _TEMPLATE = "report.html.j2"
 _NONE = "-"
-#: Units of metrics, by the end or, with a slash at the end, the beginning of their names.
+#: Units of metrics by name, or by the part behind a slash; with a slash at the end, by their beginning.
 _UNITS = {
     "entropy": "nats per token",
     "kl": "nats per token",
@@ -32,13 +32,21 @@ _UNITS = {
     "clip_fraction": "share",
     "clipped_ratio": "share",
     "clip_ratio/": "share",
-    "_length": "tokens",
+    "max_length": "tokens",
+    "mean_length": "tokens",
+    "min_length": "tokens",
+    "max_terminated_length": "tokens",
+    "mean_terminated_length": "tokens",
+    "min_terminated_length": "tokens",
     "num_tokens": "tokens",
     "step_time": "seconds",
     "grad_cosine/": "cosine",
+    "grad_norm/": "loss per nat",
+    "grad_norm_weighted/": "loss per nat",
+    "beta": "per nat",
     "adaptive_beta": "per nat",
     "adaptive_margin": "nats",
-    "adaptive_kl": "nats",
+    "adaptive_kl": "nats per completion",
 }
 
 
@@ -91,7 +99,7 @@ def _rows(history: History) -> list[dict[str, str]]:
     names = dict.fromkeys([*sorted(history.train), *sorted(n for s in history.evaluations.values() for n in s)])
     rows = []
     for name in names:
-        series = history.train.get(name, Series(np.array([]), np.array([])))
+        series = history.train.get(name, NOTHING)
         finite = series.values[np.isfinite(series.values)]
         ends = (finite[0], finite[-1], finite.min(), finite.max()) if finite.size else (math.nan,) * 4
         evaluated = history.evaluated(name)
@@ -121,7 +129,7 @@ def unit_of(name: str) -> str:
         (
             unit
             for part, unit in _UNITS.items()
-            if name == part or (name.startswith(part) if part.endswith("/") else name.endswith((f"/{part}", part)))
+            if name == part or (f"/{part}" in f"/{name}" if part.endswith("/") else name.endswith(f"/{part}"))
         ),
         "",
     )

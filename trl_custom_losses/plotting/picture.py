@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .history import History, Series
-from .lines import LONG, draw_evaluations, draw_series
-from .style import finish_axes, label_text, legend_beside, new_figure, style
+from .history import NOTHING, History, Series
+from .lines import LONG, draw_evaluations, draw_series, evaluation_entries
+from .style import finish_axes, label_text, legend_beside, legend_height, new_figure, style
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,9 @@ class Picture:
     caption: str
     figure: Figure
 
+
+#: More curves than this in one panel cannot be told apart.
+MOST_CURVES = 8
 
 #: Pictures, each with the names of the metrics in it.
 Pictures = list[tuple[Picture, set[str]]]
@@ -68,7 +71,8 @@ def picture_of(name: str, title: str, caption: str, panels: Sequence[Panel], his
     drawn = [(panel, names) for panel, names in drawn if names]
     if not drawn:
         return []
-    figure, all_axes = new_figure(len(drawn), 1, size=(8.4, 0.6 + 2.7 * len(drawn)))
+    heights = [max(2.7, legend_height(len(names) + len(history.evaluations))) for _, names in drawn]
+    figure, all_axes = new_figure(len(drawn), 1, size=(8.4, 0.6 + sum(heights)), heights=heights)
     for axes, (panel, names) in zip(all_axes, drawn, strict=True):
         draw_panel(axes, panel, names, history)
     shown = {name for _, names in drawn for name in names}
@@ -78,15 +82,16 @@ def picture_of(name: str, title: str, caption: str, panels: Sequence[Panel], his
 def draw_panel(axes: Axes, panel: Panel, names: Mapping[str, str], history: History) -> None:
     """Draw one panel's curves, evaluations and legend."""
     for index, (name, label) in enumerate(names.items()):
-        if name in history.train and history.train[name].drawable:
-            draw_series(axes, history.train[name], style(index), label_text(label))
+        draw_series(axes, history.train.get(name, NOTHING), style(index), label_text(label))
         if panel.evaluations:
-            draw_evaluations(axes, history.evaluated(name), style(index), label_text(label))
+            draw_evaluations(axes, history, name, style(index))
     finish_axes(axes, title=panel.title, y=panel.unit)
     set_limits(axes, panel.limits)
-    labels = axes.get_legend_handles_labels()[1]
-    if len(labels) > 1 or labels[0].lower() not in panel.title.lower():  # else the title says it
-        legend_beside(axes)
+    entries = list(zip(*axes.get_legend_handles_labels(), strict=True))
+    if panel.evaluations:
+        entries += evaluation_entries(history, names)
+    if len(entries) > 1 or entries[0][1].lower() not in panel.title.lower():  # else the title says it
+        legend_beside(axes, entries)
 
 
 def set_limits(axes: Axes, limits: tuple[float | None, float | None]) -> None:
@@ -104,3 +109,23 @@ def smoothed(history: History, names: set[str]) -> str:
     if any(one.values.size > LONG for one in series):
         return " Thin: every log; thick: the running mean."
     return ""
+
+
+def keys(history: History, *, suffix: str = "", part: str = "") -> list[str]:
+    """Names of metrics that end in `suffix` and have `part` at their beginning or after a slash."""
+    return [
+        key
+        for key in sorted(history.train)
+        if key.endswith(suffix) and (key.startswith(part) or f"/{part}" in key) and history.train[key].drawable
+    ]
+
+
+def panels(
+    title: str, unit: str, names: dict[str, str], limits: tuple[float | None, float | None] = (None, None)
+) -> list[Panel]:
+    """As many panels as it takes to draw all curves; what they show moves with the training alone."""
+    items = list(names.items())
+    return [
+        Panel(title, unit, dict(items[start : start + MOST_CURVES]), limits, evaluations=False)
+        for start in range(0, len(items), MOST_CURVES)
+    ]

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import objective, training
+from ..errors import LossConfigError
+from . import gradients, objective, training
 from .components import groups_of
 from .history import REPORT_FOLDER, History, read_state
 from .page import render, run_facts
-from .picture import Picture
+from .picture import Picture, Pictures
 from .style import drawing, save
+
+logger = logging.getLogger(__name__)
 
 #: In the order of the report.
 _PAINTERS = (
@@ -20,7 +25,7 @@ _PAINTERS = (
     objective.component_pictures,
     objective.weight_picture,
     objective.moving_picture,
-    objective.gradient_pictures,
+    gradients.gradient_pictures,
     training.margin_picture,
     training.reward_pictures,
     training.completion_picture,
@@ -60,7 +65,7 @@ def plot_run(run_dir: str | Path, output: str | Path | None = None) -> RunReport
         Where the report and the pictures are.
 
     Raises:
-        LossConfigError: The folder holds no log that can be read.
+        LossConfigError: The folder holds no log that can be read, or `output` cannot be written.
     """
     state, path = read_state(run_dir)
     folder = Path(run_dir) / REPORT_FOLDER if output is None else Path(output)
@@ -70,7 +75,7 @@ def plot_run(run_dir: str | Path, output: str | Path | None = None) -> RunReport
 
 
 def draw_report(
-    state: Mapping[str, Any], folder: str | Path, *, title: str, loss: str = "", source: str = ""
+    state: Mapping[str, Any], folder: str | Path, *, title: str, loss: str = "", source: str = "", ended: str = ""
 ) -> RunReport:
     """Draw the report of a Trainer's state.
 
@@ -80,30 +85,47 @@ def draw_report(
         title: Of the page.
         loss: Description of the loss.
         source: Where the log was read.
+        ended: What ended the run before its time.
+
+    Raises:
+        LossConfigError: The folder cannot be written.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     history = History.from_log(state["log_history"])
-    pictures = pictures_of(history)
-    with drawing():
-        files = [save(picture.figure, folder / f"{picture.name}.png") for picture in pictures]
-    page = render(
-        folder / _PAGE,
-        title=title,
-        facts=run_facts(state, history, loss or _components(history), source),
-        pictures=list(zip(pictures, files, strict=True)),
-        history=history,
-    )
-    return RunReport(page, files, [picture.title for picture in pictures])
+    facts = run_facts(state, history, loss or _components(history), source)
+    facts += [("Ended by", ended)] if ended else []
+    written = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for picture in pictures_of(history):
+            file = folder / f"{picture.name}.png"
+            with _left_out(picture.title), drawing():
+                written.append((picture, save(picture.figure, file)))
+        page = render(folder / _PAGE, title=title, facts=facts, pictures=written, history=history)
+    except OSError as error:
+        raise LossConfigError(f"the report cannot be written to {folder}: {error.strerror or error}") from error
+    return RunReport(page, [file for _, file in written], [picture.title for picture, _ in written])
 
 
 def pictures_of(history: History) -> list[Picture]:
     """All pictures that there is data for."""
+    found: Pictures = []
     with drawing():
-        found = [part for painter in _PAINTERS for part in painter(history)]
-        shown = {name for _, names in found for name in names}
-        found += training.other_picture(history, shown)
+        for painter in _PAINTERS:
+            with _left_out(painter.__name__):
+                found += painter(history)
+        with _left_out("other_picture"):
+            found += training.other_picture(history, {name for _, names in found for name in names})
     return [picture for picture, _ in found]
+
+
+@contextmanager
+def _left_out(what: str) -> Iterator[None]:
+    """One picture that fails is a warning; the report has the others."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning("the report lacks a picture, '%s': %s: %s", what, type(error).__name__, error)
 
 
 def _components(history: History) -> str:

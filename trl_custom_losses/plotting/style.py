@@ -14,10 +14,14 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ..errors import LossConfigError
 
 #: Picture elements per inch.
 DPI = 150
 
+_STEP = "optimizer step"
 _LONGEST_LABEL = 36  # letters
 _SETTINGS = {
     "text.parse_math": False,  # a metric's name may hold a dollar sign
@@ -95,28 +99,43 @@ def label_text(name: str, longest: int = _LONGEST_LABEL) -> str:
 def drawing() -> Iterator[None]:
     """The package's settings of matplotlib, inside the context only."""
     with rc_context(_SETTINGS), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # names in other scripts show as boxes
+        # Names in other scripts show as boxes, a crowded layout is what it is: nothing that a user could change.
+        warnings.simplefilter("ignore")
         yield
 
 
-def new_figure(rows: int = 1, columns: int = 1, *, size: tuple[float, float] = (8.4, 3.6)) -> tuple[Figure, list[Axes]]:
+def new_figure(
+    rows: int = 1,
+    columns: int = 1,
+    *,
+    size: tuple[float, float] = (8.4, 3.6),
+    heights: Sequence[float] | None = None,
+) -> tuple[Figure, list[Axes]]:
     """A figure and its axes, row by row; no window, and nothing that pyplot would keep.
 
     Args:
         rows: Of axes.
         columns: Of axes.
         size: Width and height, inches.
+        heights: Of the rows, relative to each other; equal if not given.
     """
     figure = Figure(figsize=size, layout="constrained")
-    return figure, list(np.asarray(figure.subplots(rows, columns, squeeze=False)).flat)
+    return figure, list(np.asarray(figure.subplots(rows, columns, squeeze=False, height_ratios=heights)).flat)
 
 
-def finish_axes(axes: Axes, *, title: str = "", x: str = "optimizer step", y: str = "") -> None:
+def legend_height(entries: int) -> float:
+    """Height that axes need, with title and labels, to have a legend of so many entries beside them, inches."""
+    return 0.8 + 0.2 * entries
+
+
+def finish_axes(axes: Axes, *, title: str = "", x: str = _STEP, y: str = "") -> None:
     """Title and axis labels, grid, and no frame at the top and on the right."""
     if title:
         axes.set_title(title)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
+    if x == _STEP:  # a quarter of a step is none
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.grid(visible=True, alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -136,7 +155,14 @@ def legend_beside(axes: Axes, entries: Sequence[tuple[object, str]] | None = Non
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write a PNG on white, whatever the page around it looks like; returns its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI, facecolor="white", metadata={"Software": None})
+    """Write a PNG on white, whatever the page around it looks like; returns its path.
+
+    Raises:
+        LossConfigError: It cannot be written there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
+    except OSError as error:
+        raise LossConfigError(f"the picture cannot be written to {path}: {error.strerror or error}") from error
     return path

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from .history import History, Series
-from .lines import draw_band, draw_evaluations, draw_series, running_mean, window_of
+from .lines import draw_band, draw_evaluations, draw_series, evaluation_entries, running_mean, window_of
 from .picture import Panel, Picture, Pictures, picture_of, smoothed
 from .style import finish_axes, label_text, legend_beside, new_figure, style
 
@@ -27,9 +27,9 @@ def margin_picture(history: History) -> Pictures:
         )
         axes.axhline(0.0, color="#000000", linewidth=0.8)
         finish_axes(axes, title="Margin: reward of the chosen minus that of the rejected completion", y="beta x nats")
-        legend_beside(axes)
         caption = (
-            "The implicit reward is beta times the log-ratio of policy to reference. Pairs above 0 are ranked as the "
+            "The implicit reward is beta times the log-ratio of policy to reference; beta is that of the loss's first "
+            "component that has one, as scheduled. Pairs above 0 are ranked as the "
             "data says. Dark band: mean plus and minus one standard deviation over the pairs since the last log; pale "
             "band: lowest to highest pair."
         )
@@ -69,7 +69,6 @@ def reward_pictures(history: History) -> Pictures:
         shown |= draw_spread(axes, history, mean, spread, None, "mean", "completions")
         shown |= {f"{key}/{end}" for key in functions for end in ("mean", "std")} if len(names) == 1 else set()
         finish_axes(axes, title=title, y="reward")
-        legend_beside(axes)
     caption = (
         "Mean over the sampled completions; band: plus and minus the logged standard deviation (of the total, "
         "the mean of those within the prompts' groups; of a function, over all completions). "
@@ -88,7 +87,7 @@ def reward_pictures(history: History) -> Pictures:
 def draw_spread(
     axes: Axes, history: History, mean: str, spread: str, ends: tuple[str, str] | None, label: str, of: str
 ) -> set[str]:
-    """Draw a mean with its band, the range, and evaluations; returns the metrics used.
+    """Draw a mean with its band, the range, evaluations and a legend; returns the metrics used.
 
     Args:
         axes: To draw on.
@@ -120,7 +119,9 @@ def draw_spread(
         label_of_band = f"standard deviation over {of}"
         draw_band(axes, series.steps, middle - deviation, middle + deviation, look, alpha=0.3, label=label_of_band)
     draw_series(axes, series, look, label)
-    draw_evaluations(axes, history.evaluated(mean), style(1), label)
+    draw_evaluations(axes, history, mean, style(1))
+    entries = list(zip(*axes.get_legend_handles_labels(), strict=True))
+    legend_beside(axes, entries + evaluation_entries(history, [mean]))
     return shown
 
 
@@ -190,11 +191,16 @@ def other_picture(history: History, shown: set[str]) -> Pictures:
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
     figure, all_axes = new_figure(rows, columns, size=(8.4, 0.5 + 1.9 * rows))
+    titles: list[str] = []
     for axes, name in zip(all_axes, names, strict=False):
+        short = label_text(name, 28)
+        same = sum(title.startswith(short) for title in titles)  # names that differ in their middles
+        titles.append(f"{short} ({same + 1})" if same else short)
         draw_series(axes, history.train[name], style(0), "")
-        draw_evaluations(axes, history.evaluated(name), style(1), "")
-        finish_axes(axes, x="")
-        axes.set_title(label_text(name, 28), fontsize=9)
+        draw_evaluations(axes, history, name, style(1))
+        finish_axes(axes)
+        axes.set_xlabel("")
+        axes.set_title(titles[-1], fontsize=9)
         axes.tick_params(labelsize=8)
     for axes in all_axes[len(names) :]:
         axes.set_visible(False)

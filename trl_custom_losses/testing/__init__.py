@@ -14,7 +14,8 @@ In a test file, one test for each check:
 
 The checks see what a trainer would give the loss, made of random numbers: no model, no data set, about a second. What
 they are is in `CHECKS`. A loss may declare facts that change what a check expects (`batch_coupled`, `stop_gradient`,
-`reduction`, see `base.Loss`), but no check can be left out.
+`prefers_chosen`, `reduction`, see `base.Loss`), but no check can be left out; where one then has nothing to say about
+the loss, its result has a `note`.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..base import Loss
@@ -88,15 +89,17 @@ class Data:
             index=items if self.index is None else self.index[items],
         )
 
-    def padded(self, count: int, fill: float) -> Data:
-        """`count` further positions that are not scored and hold `fill`."""
-        rows = dict(self.rows)
-        for name in _PER_TOKEN:
-            value = rows[name]
-            rows[name] = torch.cat((value, value.new_full((value.size(0), count, *value.shape[2:]), fill)), 1)
-        for name in ("mask", "ids"):
-            rows[name] = torch.cat((rows[name], rows[name].new_zeros(rows[name].size(0), count)), 1)
-        return replace(self, rows=rows)
+    def padded(self, count: int, fill: float, at: int | None = None) -> Data:
+        """`count` further positions that are not scored and hold `fill`, before position `at`, or at the end."""
+        at = self.rows["mask"].size(1) if at is None else at
+
+        def widened(value: Tensor, filled: float) -> Tensor:
+            new = value.new_full((value.size(0), count, *value.shape[2:]), filled)
+            return torch.cat((value[:, :at], new, value[:, at:]), 1)
+
+        rows = {name: widened(self.rows[name], fill) for name in _PER_TOKEN}
+        rows |= {name: widened(self.rows[name], 0) for name in ("mask", "ids")}
+        return replace(self, rows=self.rows | rows)
 
     # What a trainer would hand to a loss
 
@@ -137,16 +140,18 @@ class Data:
         fields: dict[str, Any] = {"per_token_logps": rows["logps"], "mask": mask}
         fields |= {field: rows[name] for field, name in _ROWS_OF.items() if field in loss.requires}
         common = {"columns": self.columns(loss), "ranks": self.ranks, "denominators": denominators}
-        ids = mask.new_zeros(mask.size(0), mask.size(1) + 1, dtype=torch.long)
+        # The first token is predicted by none.
+        ids = F.pad(rows["ids"], (1, 0), value=1)
         if self.family == "preference":
             if "ref_logps" in loss.requires:
                 precise = torch.promote_types(rows["ref"].dtype, torch.float32)
                 fields["ref_sums"] = rows["ref"].masked_fill(mask == 0, 0).sum(1, dtype=precise)
-            batch = PreferenceBatch(input_ids=ids, attention_mask=ids, mask=mask, **common)
+            attended = torch.ones_like(ids)
+            batch = PreferenceBatch(input_ids=ids, attention_mask=attended, mask=mask, **common)
             return batch, ModelOutputs(**fields)
         prepared = self.prepared(loss)
         policy = PolicyBatch(
-            prompt_ids=ids,
+            prompt_ids=ids[:, :1],
             completion_ids=rows["ids"],
             mask=mask,
             advantages=prepared.pop("advantages", self.items["advantages"]),
@@ -187,7 +192,9 @@ class Data:
         """
         local = slice(rank * self.size // ranks, (rank + 1) * self.size // ranks)
         rows = {name: value.detach()[local] for name, value in self.rows.items()}
-        length = max(int(rows["mask"].sum(1).max()), 1)
+        # Every rank pads to its own longest completion.
+        scored = rows["mask"].any(0).nonzero()
+        length = rows["mask"].size(1) if ranks == 1 else int(scored.max()) + 1 if scored.numel() else 1
         fields = {"per_token_logps": "old", "ref_per_token_logps": "ref", "mask": "mask"}
         tokens = {field: rows[name][:, :length] for field, name in fields.items()}
         ids = rows["ids"][:, :length]
@@ -241,6 +248,7 @@ def _examples(loss: Loss, column: str) -> Sequence[Any] | None:
 
 
 def text_state(text: str, like: Tensor) -> Tensor:
-    """A state that depends on the text alone, (H,); 0 for an empty one."""
+    """A state that depends on the text alone, (H,), in float32 or better; 0 for an empty one."""
     generator = torch.Generator().manual_seed(zlib.crc32(text.encode()))
-    return torch.randn(like.size(1), generator=generator, dtype=torch.float64).to(like.dtype) * bool(text)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return torch.randn(like.size(1), generator=generator, dtype=torch.float64).to(dtype) * bool(text)

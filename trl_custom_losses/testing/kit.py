@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Collection
 from typing import Any
@@ -14,8 +13,8 @@ from ..errors import LossConfigError
 from ..hyperparameters import suggestion
 from ..types import Family
 from . import checks as _checks  # noqa: F401 - fills CHECKS
-from .check import CHECKS, Check, CheckFailure
-from .report import CheckReport, CheckResult, LossCheckError
+from .check import CHECKS, Check, CheckFailure, describe
+from .report import CheckReport, CheckResult, LossCheckError, Status
 from .subject import Subject, subject_of
 
 
@@ -55,7 +54,7 @@ def run_checks(
     blocked = ""
     for one in select(checks):
         if blocked:
-            results.append(CheckResult(one.name, one.description, f"not run, because '{blocked}' failed", 0.0))
+            results.append(CheckResult(one.name, one.description, "not run", f"because '{blocked}' failed"))
             continue
         result = run_check(one, subject)
         results.append(result)
@@ -79,20 +78,17 @@ def select(names: Collection[str] | None) -> list[Check]:
 def run_check(one: Check, subject: Subject) -> CheckResult:
     """Run one check."""
     start = time.perf_counter()
-    message = ""
+    message, note = "", None
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")  # a few steps of random numbers are no run that a loss could warn about
-            one.run(subject)
+            note = one.run(subject)
     except CheckFailure as failure:
         message = f"{failure}. Usual cause: {one.usual_cause}"
     except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        message = (
-            f"the loss raises {type(error).__name__}: {error} (at {where.filename}:{where.lineno}). Usual cause: "
-            f"{one.usual_cause}"
-        )
-    return CheckResult(one.name, one.description, message, time.perf_counter() - start)
+        message = describe(error)
+    status: Status = "failed" if message else "passed"
+    return CheckResult(one.name, one.description, status, message, note or "", time.perf_counter() - start)
 
 
 def parametrize_with_checks(

@@ -59,7 +59,9 @@ def random_data(
     items["rewards"] = normal(size, 2)
     for side in ("chosen", "rejected"):
         items[f"{side}_unsafe"] = torch.rand(size, generator=generator, dtype=torch.float64)
-    items = {name: value.to(dtype) for name, value in items.items()} | {"group_ids": torch.arange(size) // 3}
+    items = {name: value.to(dtype) for name, value in items.items()} | {
+        "group_ids": (torch.arange(size) // 2).clamp(max=max(size // 2 - 1, 0))
+    }
     return Data(family=family, rows=rows, items=items)
 
 

@@ -8,6 +8,7 @@ from threading import Barrier, BrokenBarrierError
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..base import Loss
@@ -82,5 +83,20 @@ def prepared_on_ranks(loss: Loss, data: Data, ranks: int) -> dict[str, Tensor]:
             return loss.prepare(data.rollout(rank.index, ranks, rank.gather, loss=loss))
 
     prepared = on_ranks(ranks, prepare)
-    assert all(value.size(0) == data.size // ranks for part in prepared for value in part.values())
-    return {name: torch.cat([part[name] for part in prepared]) for name in prepared[0]}
+    names = {name for part in prepared for name in part}
+    for name in sorted(names):
+        if not all(name in part for part in prepared):
+            fail(f"'{name}' is prepared on some of two ranks only")
+        for part in prepared:
+            if part[name].size(0) != data.size // ranks:
+                fail(
+                    f"on a rank with {data.size // ranks} completions, '{name}' has the shape "
+                    f"{tuple(part[name].shape)}: `tensor[rollout.local]` takes this rank's part of a gathered tensor"
+                )
+    return {name: torch.cat(_padded_alike([part[name] for part in prepared])) for name in prepared[0]}
+
+
+def _padded_alike(parts: list[Tensor]) -> list[Tensor]:
+    """Tensors of each token, which a rank cuts to its longest completion, filled with 0 to one width."""
+    width = max((part.size(1) for part in parts if part.dim() == 2), default=0)
+    return [F.pad(part, (0, width - part.size(1))) if part.dim() == 2 else part for part in parts]

@@ -12,6 +12,8 @@ import torch.autograd.function
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .check import fail
+
 _AUTOGRAD_FUNCTION = torch.autograd.function.__file__
 _DETACHING = frozenset({Tensor.detach, torch.detach, Tensor.data.__get__})
 
@@ -48,7 +50,7 @@ class HeldConstants(TorchFunctionMode):
             return result
         held = next(self._replay, None)
         if held is None or held.shape != result.shape or held.dtype is not result.dtype:
-            raise RuntimeError("the loss takes another way through its code at inputs next to each other")
+            fail("the loss takes another way through its code at inputs next to each other")
         return held
 
 

@@ -25,15 +25,19 @@ class Subject:
 
     Args:
         name: Of the loss.
-        build: Makes a new one; takes hyperparameters to change. A loss given as an object takes none.
+        as_built: Makes a new one; takes hyperparameters to change. A loss given as an object takes none.
         hyperparameters: It declares, by name; none for a loss given as an object.
         given_object: Whether it was given as an object, so that copies of that stand for new ones.
     """
 
     name: str
-    build: Callable[..., Loss]
+    as_built: Callable[..., Loss]
     hyperparameters: Mapping[str, Hyperparameter]
     given_object: bool = False
+
+    def build(self, **changed: Any) -> Loss:
+        """A new one for data in float64, as most checks use: what it keeps in float32 is moved to float64."""
+        return self.as_built(**changed).double()
 
     @property
     def family(self) -> Family:

@@ -154,7 +154,13 @@ class LossFunctionTrainer(ResumableTrainer):
             if isinstance(callback, RunReportCallback) and self.loss_function is not None:
                 callback.loss = inspect.cleandoc(describe(self.loss_function))
         with monitored(self.callback_handler.callbacks, self.loss_function, self.accelerator, self._log_step):
-            return super().train(*args, **kwargs)
+            try:
+                return super().train(*args, **kwargs)
+            except BaseException as error:
+                for callback in self.callback_handler.callbacks:
+                    if isinstance(callback, RunReportCallback):
+                        callback.on_abort(self.args, self.state, error)
+                raise
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """TRL's, which also trains what the loss learns."""

@@ -91,9 +91,11 @@ def parse_loss_function(value: Any) -> Any:
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object as a dict; of a key that is given twice, a dict would keep the last."""
-    for number, (key, _) in enumerate(pairs):
-        if any(key == other for other, _ in pairs[:number]):
+    seen = set()
+    for key, _ in pairs:
+        if key in seen:
             raise LossConfigError(f"`loss_function`: the key {key!r} is given twice in one JSON object")
+        seen.add(key)
     return dict(pairs)
 
 

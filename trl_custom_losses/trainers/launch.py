@@ -5,7 +5,7 @@ The arguments are those of TRL's own scripts, with the custom configs in place o
 
 from __future__ import annotations
 
-import difflib
+import atexit
 import importlib
 import importlib.util
 import os
@@ -16,14 +16,12 @@ from typing import Any
 
 import torch
 import trl.rewards
-import yaml
 from accelerate import DistributedType
 from datasets import DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
     ScriptArguments,
-    TrlParser,
     get_dataset,
     get_peft_config,
     get_quantization_config,
@@ -34,6 +32,7 @@ from ..adapters import look_in
 from ..errors import CheckpointError, LossConfigError
 from ..hyperparameters import suggestion
 from .announce import logger
+from .arguments import ArgumentParser
 from .base import LossFunctionTrainer
 from .config import CustomDPOConfig, CustomGRPOConfig
 from .continued import continued_adapter, find_adapter
@@ -67,23 +66,12 @@ def parse(
         prog: Name shown in the usage message.
 
     Raises:
-        LossConfigError: The loss is wrong, the file is not plain YAML, or an unknown argument resembles a known one.
+        LossConfigError: The file cannot be read, an argument is misspelt, or the loss or another value is refused.
+        SystemExit: The words cannot be parsed (code 2), or asked for help.
     """
     look_beside_the_caller()
-    types = (script_type, config_type, ModelConfig, DatasetMixtureConfig)
-    parser = TrlParser(types, prog=prog)
-    try:
-        *parsed, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
-    except yaml.YAMLError as error:  # malformed, or a tag that would make Python objects
-        raise LossConfigError(f"the file given as `--config` is not plain YAML: {error}") from error
-    known = {name for type_ in types for name in type_.__dataclass_fields__}
-    names = [word.lstrip("-").split("=")[0].replace("-", "_") for word in unknown if word.startswith("--")]
-    for name in names:
-        if difflib.get_close_matches(name, known, n=1, cutoff=0.85):
-            raise LossConfigError(f"unknown argument '{name}'{suggestion(name, known)}")
-    if names:
-        logger.warning("Ignored arguments that no config knows: %s", ", ".join(names))
-    return tuple(parsed)
+    parser = ArgumentParser((script_type, config_type, ModelConfig, DatasetMixtureConfig), prog=prog)
+    return parser.read(sys.argv[1:] if arguments is None else arguments)
 
 
 def look_beside_the_caller() -> None:
@@ -224,15 +212,22 @@ def exit_with_message(run: Callable[[], Any]) -> None:
     try:
         run()
     except (LossConfigError, CheckpointError) as error:
-        sys.exit(f"error: {error}")
-    leave_process_group()
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    end_rank()
 
 
-def leave_process_group() -> None:
-    """Wait for all ranks and close their connections.
+def end_rank() -> None:
+    """If this process is one of several, wait for the others and end it, with exit status 0; a script's last statement.
 
-    A process that exits with open ones can be aborted by its own communication threads.
+    A process whose interpreter is torn down beside torch's communication threads can be aborted by them (SIGABRT,
+    "terminate called without an active exception"), which a launcher takes for a failed run although everything has
+    been saved. So what runs at an exit is run here, and the rest of the teardown is left out.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

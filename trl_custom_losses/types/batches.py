@@ -144,16 +144,21 @@ class PolicyBatch(ExplainsMissingFields):
             raise ValueError(f"a policy loss has {self.mask.size(0)} rows for this batch, found {count}")
         return self.mask, self.denominators.sequences, self.denominators.tokens
 
-    def apply_modifiers(self, loss: Any, raw: Tensor) -> Tensor:
-        """Multiply the off-policy mask, the high-entropy mask and the vLLM ratio into an unreduced surrogate."""
-        factors = []
+    def modifiers(self, loss: Any) -> list[Tensor]:
+        """The off-policy mask, the high-entropy mask and the vLLM ratio that act on a loss, (B, 1) or (B, T)."""
+        factors: list[Tensor] = []
         if self.has("on_policy_mask"):
             factors.append((self.advantages >= 0) | (self.on_policy_mask > 0))
         if self.has("entropy_mask"):
             factors.append(self.entropy_mask)
         if self.has("importance_sampling_ratio") and not loss.uses_importance_sampling_ratio:
             factors.append(self.importance_sampling_ratio)
-        if not loss.surrogate or not factors:
+        return factors if loss.surrogate else []
+
+    def apply_modifiers(self, loss: Any, raw: Tensor) -> Tensor:
+        """Multiply the off-policy mask, the high-entropy mask and the vLLM ratio into an unreduced surrogate."""
+        factors = self.modifiers(loss)
+        if not factors:
             return raw
         if raw.dim() != 2:
             raise ValueError(

@@ -42,5 +42,5 @@ class CISPOLoss(ImportanceWeightedLoss):
         loss = -torch.clamp(ratio, max=cap) * batch.advantages * model_outputs.per_token_logps
         clipped = ((ratio > cap) & (batch.advantages > 0)).float()
         capped = (ratio > cap) & (batch.advantages != 0)
-        metrics = self.clipped_sequences(capped, model_outputs)
+        metrics = self.clipped_sequences(capped, batch, model_outputs)
         return loss, {"cispo_clip_ratio": Metric(clipped, per="micro_batch"), **metrics}

@@ -60,7 +60,7 @@ class GRPOLoss(ImportanceWeightedLoss):
             top, cap = (high, torch.inf) if self.delta is None else (min(high, self.delta), max(high, self.delta))
             held = torch.where(batch.advantages > 0, free > top, (free < low) | (free > cap)) & (batch.advantages != 0)
         return loss, {
-            **self.clipped_sequences(held, model_outputs),
+            **self.clipped_sequences(held, batch, model_outputs),
             "clip_ratio/low_mean": Metric(low_clipped, per="micro_batch"),
             "clip_ratio/high_mean": Metric(high_clipped, per="micro_batch"),
             "clip_ratio/region_mean": Metric(low_clipped + high_clipped, per="micro_batch"),

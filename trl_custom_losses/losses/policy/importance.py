@@ -9,7 +9,7 @@ from torch import Tensor
 from ...base import PolicyLoss
 from ...errors import LossConfigError
 from ...hyperparameters import check_choice, check_range
-from ...types import Metric, ModelOutputs, masked_sum
+from ...types import Metric, ModelOutputs, PolicyBatch, masked_sum
 
 ImportanceLevel = Literal["token", "sequence"]
 
@@ -39,16 +39,19 @@ class ImportanceWeightedLoss(PolicyLoss):
         """log w, (B, T) or (B, 1), nats, with gradient."""
         return log_importance_weights(outputs, self.importance_sampling_level)
 
-    def clipped_sequences(self, clipped: Tensor, outputs: ModelOutputs) -> dict[str, Metric]:
+    def clipped_sequences(self, clipped: Tensor, batch: PolicyBatch, outputs: ModelOutputs) -> dict[str, Metric]:
         """`clipped_sequences`, which sequences have a token that is clipped, where gradients are watched; else nothing.
 
         Args:
             clipped: Whether the clip acts, on each token or sequence, (B, T) or (B, 1), bool.
+            batch: On tokens that its off-policy and high-entropy masks or vLLM ratios drop, nothing acts.
             outputs: Its mask tells which tokens count; a sequence without any does not.
         """
         if not self.watching:
             return {}
         scored = outputs.mask > 0
+        for factor in batch.modifiers(self):
+            clipped = clipped & (factor > 0)
         return {"clipped_sequences": Metric((clipped & scored).any(1).float(), mask=scored.any(1))}
 
 

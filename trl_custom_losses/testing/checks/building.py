@@ -13,6 +13,7 @@ from ..runs import begin
 from ..subject import Subject
 
 _WRONG_TYPES: tuple[Any, ...] = ("text", None, True, 1.5, [1], {"a": 1}, math.nan, math.inf, 10**400)
+_HAS_ITS_VALUES = "the loss was given as an object, which has its values already"
 _NUMBERS = (-1.0, 0.0, 0.5, 1.0, 2.0)
 
 
@@ -21,12 +22,12 @@ _NUMBERS = (-1.0, 0.0, 0.5, 1.0, 2.0)
     "`hyperparameters.check_range` in the constructor. A plain function has no constructor: let it raise "
     "`ValueError`, or make it a class",
 )
-def hyperparameters(subject: Subject) -> None:
+def hyperparameters(subject: Subject) -> str | None:
     """A hyperparameter that is unknown, of another type, or that makes the loss NaN or infinite is refused when the
     config is read, with its name in the message.
     """
     if subject.given_object:
-        return  # built by its owner
+        return _HAS_ITS_VALUES
     _require_refused(subject, "no_such_hyperparameter", 1.0, "is unknown")
     for name, parameter in subject.hyperparameters.items():
         if not parameter.annotated and all(_is_accepted(subject, name, value) for value in ("text", {"a": 1})):
@@ -38,6 +39,7 @@ def hyperparameters(subject: Subject) -> None:
         if accepts_numbers(parameter.annotation):
             for number in _NUMBERS:
                 _try_number(subject, parameter, number)
+    return None
 
 
 def _require_refused(subject: Subject, name: str, value: Any, why: str) -> None:
@@ -89,7 +91,7 @@ def _try_number(subject: Subject, parameter: Hyperparameter, number: float) -> N
     "read "
     "`self.<name>` in `forward`",
 )
-def schedules(subject: Subject) -> None:
+def schedules(subject: Subject) -> str | None:
     """A hyperparameter that follows a schedule acts with the value that it has at the step, or refuses to be
     scheduled.
     """
@@ -105,6 +107,7 @@ def schedules(subject: Subject) -> None:
                 target = int(target)
             if target != value and _follows(subject, name, value, target, data):
                 break
+    return _HAS_ITS_VALUES if subject.given_object else None
 
 
 def _follows(subject: Subject, name: str, start: float, end: float, data: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from contextlib import AbstractContextManager
 
 import torch
@@ -21,7 +22,7 @@ _MOST_ELEMENTS = 24  # of each input that are varied
 @check(
     usual_cause="a part of the loss is detached that should not be, or computed under `no_grad`. If that is meant, as "
     "in "
-    "CISPO's importance weights, declare `stop_gradient = True`",
+    "CISPO's importance weights, declare `stop_gradient = True`. Small deviations come from a lower precision",
 )
 def gradient(subject: Subject) -> None:
     """The gradient is the derivative of the loss, in float64 and away from kinks; of a loss that declares
@@ -103,6 +104,10 @@ def gradient_reaches_the_policy(subject: Subject) -> None:
         if parameter.requires_grad and not _module_of(loss, name).training
     }
     inputs = {"the reference": fixed["ref"], "the generating policy": fixed["old"], **frozen}
+    learned = {name: p for name, p in loss.named_parameters() if p.requires_grad and _module_of(loss, name).training}
+    for name, parameter in learned.items():
+        if torch.autograd.grad(value, parameter, retain_graph=True, allow_unused=True)[0] is None:
+            fail(f"the loss's own parameter '{name}' is not part of the loss, so that it would not be trained")
     gradients = torch.autograd.grad(value, list(inputs.values()), allow_unused=True)
     for what, gradient in zip(inputs, gradients, strict=True):
         if gradient is not None and gradient.any():
@@ -113,34 +118,40 @@ def gradient_reaches_the_policy(subject: Subject) -> None:
     usual_cause="a sign is wrong, or chosen and rejected are exchanged (rows are chosen first, then rejected). An "
     "auxiliary term declares `prefers_chosen = False` (preference) or `surrogate = False` (policy)"
 )
-def direction(subject: Subject) -> None:
+def direction(subject: Subject) -> str | None:
     """While the policy is the reference and the one that sampled, a step down the gradient makes chosen completions
     likelier than rejected ones, unless the loss declares `prefers_chosen = False`; and, for a surrogate, completions of
     positive advantage likelier than those of negative advantage.
     """
-    loss, data = subject.build(), subject.data()
-    for leaf in loss.leaves():
-        if leaf.family == data.family and not (leaf.composite and leaf is not loss):
-            _direction(leaf, data.with_rows(ref=data.rows["logps"].detach(), old=data.rows["logps"].detach()))
+    loss = subject.build()
+    rows = subject.data().rows["mask"].size(0)
+    data = subject.data(length=3, lengths=[3] * rows)
+    data = data.with_rows(ref=data.rows["logps"].detach(), old=data.rows["logps"].detach())
+    advantages = data.items["advantages"]
+    data = dataclasses.replace(data, items=data.items | {"advantages": advantages - advantages.mean()})
+    leaves = [leaf for leaf in loss.leaves() if leaf.family == data.family]
+    fact = "prefers_chosen" if data.family == "preference" else "surrogate"
+    for leaf in leaves:
+        if getattr(leaf, fact):
+            _direction(leaf, data)
+    free = [leaf.name for leaf in leaves if not getattr(leaf, fact)]
+    return f"{', '.join(free)}: `{fact} = False`" if free else None
 
 
 def _direction(loss: Loss, data: Data) -> None:
-    found = data.gradients(loss)["logps"]
+    gradients = data.gradients(loss)
+    found = gradients["logps"]
+    if "logits" in gradients:  # raising a token's logit raises its log-probability
+        found = found + gradients["logits"].gather(-1, data.rows["ids"].unsqueeze(-1)).squeeze(-1)
     if data.family == "preference":
-        if not loss.prefers_chosen:
-            return
         chosen, rejected = (side.sum() for side in found.chunk(2))
-        slope, what = float(chosen - rejected), "as chosen log-probabilities rise and rejected ones fall"
+        slope, what = chosen - rejected, "as chosen log-probabilities rise and rejected ones fall"
     else:
-        if not loss.surrogate:
-            return
         batch, _ = data.build(loss)
-        slope, what = (
-            float((found * batch.advantages).sum()),
-            "as log-probabilities rise where the advantage is positive",
-        )
-    if not slope < 0:
-        fail(f"the loss of '{loss.name}' changes by {slope:+.3g} a nat {what}, but it should fall")
+        slope = (found * batch.advantages).sum()
+        what = "as log-probabilities rise where the advantage is positive"
+    if not slope < -1e-9 * found.abs().sum():
+        fail(f"the loss of '{loss.name}' changes by {float(slope):+.3g} a nat {what}, but it should fall")
 
 
 def _module_of(loss: Loss, parameter: str) -> torch.nn.Module:
@@ -195,12 +206,15 @@ def masked_positions(subject: Subject) -> None:
 )
 def half_precision(subject: Subject) -> None:
     """Half-precision inputs are computed in float32, and give half-precision gradients."""
-    for size in (1, 3):
-        loss, data = subject.build(), subject.data(size=size, dtype=torch.bfloat16)
+    for size in (2, 3):
+        loss, data = subject.as_built(), subject.data(size=size, dtype=torch.float32)
+        precise = {name: value for name, value in data.rows.items() if value.is_floating_point()}
+        half = {name: value.detach().bfloat16() for name, value in precise.items()}
+        data = data.with_rows(**{name: v.requires_grad_(precise[name].requires_grad) for name, v in half.items()})
         value = data.loss(loss)
         if value.dtype is not torch.float32:
             fail(f"for bfloat16 inputs the loss is {value.dtype}; its arithmetic must be float32")
-        full = data.to(torch.float32).loss(subject.build())
+        full = data.with_rows(**{name: v.float() for name, v in half.items()}).loss(subject.as_built())
         if not torch.equal(value, full):
             fail(
                 f"for bfloat16 inputs the loss is {float(value):.8g}; in float32 the same numbers give "

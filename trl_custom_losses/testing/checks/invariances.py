@@ -27,14 +27,17 @@ def _require_same(whole: Data, loss: Loss, total: Tensor, what: str, versus: str
 
 @check(
     usual_cause="a mean over positions divides by their number instead of `outputs.lengths`, or the reduction does; "
-    "`outputs.mask` tells which positions are scored",
+    "`outputs.mask` tells which positions are scored. Completions need not begin at position 0, nor be without gaps",
 )
 def padding(subject: Subject) -> None:
-    """Padding changes nothing."""
+    """Positions that are not scored change nothing: padding, prompts, and results of tools."""
     data = subject.data()
-    for count in (1, 7):
-        total = data.padded(count, fill=-3.0).loss(subject.build())
-        _require_same(data, subject.build(), total, f"with {count} more padded positions", "without them it is")
+    # A prompt precedes the completions of pairs; results of tools stand within sampled completions.
+    other, where = (0, "of a prompt") if data.family == "preference" else (1, "within the completions")
+    for at, which in ((None, "at the end"), (other, where)):
+        for count in (1, 7):
+            total = data.padded(count, -3.0, at).loss(subject.build())
+            _require_same(data, subject.build(), total, f"with {count} unscored positions {which}", "without it is")
 
 
 @check(
@@ -44,9 +47,7 @@ def padding(subject: Subject) -> None:
 def permutation(subject: Subject) -> None:
     """The order of pairs or sequences does not matter."""
     data = subject.data()
-    order = [
-        (2 * position + 1) % data.size if data.size % 2 else data.size - 1 - position for position in range(data.size)
-    ]
+    order = [*range(1, data.size, 2), *range(0, data.size, 2)]  # neighbours part, which a reversal leaves
     total = data.take(order).loss(subject.build())
     _require_same(
         data, subject.build(), total, "of the pairs or sequences in another order", "in the first order it is"
@@ -63,22 +64,22 @@ def _normalised_locally(loss: Loss) -> bool:
     "with one "
     "another (declare `batch_coupled = True`), or groups completions in `forward` (do it in `prepare`)",
 )
-def micro_batches(subject: Subject) -> None:
+def micro_batches(subject: Subject) -> str | None:
     """The micro-batches of an optimizer step add up to the whole, unless the loss declares `batch_coupled`; with the
     reduction `local_token_mean`, the loss is the mean of theirs.
     """
     data = subject.data()
     parts = [[0], list(range(1, data.size))]
     loss = subject.build()
-    if loss.composite and _normalised_locally(loss) and not loss.batch_coupled:
-        for name, leaf in _leaves_of(loss):  # a sum of global and local means is neither
-            _split(data, leaf, parts, f" of '{name}'")
-        return
-    _split(data, loss, [list(range(data.size))] if loss.batch_coupled else parts, "")
-
-
-def _leaves_of(loss: Loss) -> list[tuple[str, Loss]]:
-    return [(leaf.name, leaf) for leaf in loss.leaves()]
+    if loss.batch_coupled:
+        _split(data, loss, [list(range(data.size))], "")
+        return "`batch_coupled = True`: micro-batches do not add up"
+    if loss.composite and _normalised_locally(loss):
+        for leaf in loss.leaves():  # a sum of global and local means is neither
+            _split(data, leaf, parts, f" of '{leaf.name}'")
+    else:
+        _split(data, loss, parts, "")
+    return None
 
 
 def _split(data: Data, loss: Loss, parts: list[list[int]], of: str) -> None:
@@ -115,7 +116,7 @@ def _coupling(data: Data, loss: Loss) -> None:
         return  # the micro-batches tell
     alone = torch.stack([loss(*data.take([index]).build(loss))[0] for index in range(data.size)])
     alone = alone.transpose(0, 1).flatten(0, 1)  # chosen rows first
-    changed = (raw - alone).abs() > 1e-8 + 1e-6 * raw.abs()
+    changed = ~((raw - alone).abs() <= 1e-8 + 1e-6 * raw.abs())  # NaN alone is a change
     if loss.batch_coupled and not changed.any():
         fail(f"'{loss.name}' declares `batch_coupled = True`, but each row's loss is the same without the other rows")
     if not loss.batch_coupled and changed.any():
@@ -144,8 +145,10 @@ def ranks(subject: Subject) -> None:
     if not coupled and not local:
         parts = [[[0], list(range(1, count))], [list(range(count, data.size - 1)), [data.size - 1]]]
 
+    built = [subject.build(), subject.build()]  # not in their threads, which share a random generator
+
     def work(rank: Ranks) -> Tensor:
-        own = subject.build()
+        own = built[rank.index]
         mine = parts[rank.index]
         contributions = [
             dataclasses.replace(data.take(part), ranks=rank).loss(
@@ -157,8 +160,9 @@ def ranks(subject: Subject) -> None:
 
     total = torch.stack(on_ranks(2, work)).mean()
     if coupled or local:
-        own = torch.stack([data.take(part).loss(subject.build()) for (part,) in parts]).mean()
-        if (total - own).abs() <= 1e-9 + 1e-7 * own.abs() or loss.composite:
+        shared = data.denominators(ranks=2, share=count / data.size)
+        own = torch.stack([data.take(part).loss(subject.build(), shared) for (part,) in parts]).mean()
+        if (total - own).abs() <= 1e-9 + 1e-7 * own.abs():
             return
     _require_same(data, subject.build(), total, "averaged over two ranks")
 
@@ -168,16 +172,17 @@ def ranks(subject: Subject) -> None:
     "of "
     "all ranks, `rollout.gather` collects the rest, `rollout.local` is this rank's part",
 )
-def prepare_on_ranks(subject: Subject) -> None:
-    """`prepare` returns the same on two ranks as on one, and the same when called again."""
+def prepare_on_ranks(subject: Subject) -> str | None:
+    """`prepare` returns the same on two ranks as on one."""
     loss = subject.build()
     if not loss.prepares:
-        return
-    data = subject.data(size=6)
+        return "it has no `prepare`"
+    data = subject.data(size=6, lengths=[5, 3, 4, 2, 4, 1])
+    data = data.with_rows(ids=data.rows["ids"] * data.rows["mask"])  # what stands in the padding may differ
     with torch.no_grad():
-        whole, again = (loss.prepare(data.rollout(loss=loss)) for _ in range(2))
-    _require_same_rows(again, whole, "prepared again", "the first time")
+        whole = loss.prepare(data.rollout(loss=loss))
     _require_same_rows(prepared_on_ranks(subject.build(), data, 2), whole, "prepared on two ranks", "on one")
+    return None
 
 
 def _require_same_rows(found: dict[str, Tensor], expected: dict[str, Tensor], how: str, versus: str) -> None:
@@ -189,6 +194,21 @@ def _require_same_rows(found: dict[str, Tensor], expected: dict[str, Tensor], ho
             width = min(ours.size(1), value.size(1))
             ours, value = ours[:, :width], value[:, :width]
         require_equal(ours, value, f"'{name}' {how},", versus=f"{versus} it is")
+
+
+@check(
+    usual_cause="`batch.advantages` is (B, 1), or (B, T) where a trainer has advantages for each token: multiply "
+    "with it as it is, without `squeeze` or `[:, 0]`",
+)
+def token_advantages(subject: Subject) -> str | None:
+    """Advantages given for each token, (B, T), act as those given for each completion where they are equal."""
+    data = subject.data()
+    if data.family != "policy":
+        return "there are no advantages in pairs"
+    wide = data.items["advantages"].unsqueeze(1).expand_as(data.rows["mask"])
+    total = dataclasses.replace(data, items=data.items | {"advantages": wide}).loss(subject.build())
+    _require_same(data, subject.build(), total, "with advantages (B, T)", "with (B, 1) it is")
+    return None
 
 
 @check(

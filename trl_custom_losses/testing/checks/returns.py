@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -12,22 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...base import Loss
 from ...errors import MissingFieldError
 from ...reductions import evaluate, reduce_loss
 from ...summaries import summarise
 from ...types import Metric, PolicyBatch
 from ..batches import Data
-from ..check import check, fail, require_finite
+from ..check import check, describe, fail, require_finite
 from ..subject import Subject
-
-_NOT_THE_LOSS = re.compile(r"[/\\\\](torch|trl_custom_losses[/\\\\](testing|types|fields\.py|reductions\.py))")
-
-
-def _place(error: BaseException) -> str:
-    """The innermost line of the traceback that is the loss's own."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _NOT_THE_LOSS.search(frame.filename)]
-    frame = frames[-1] if frames else traceback.extract_tb(error.__traceback__)[-1]
-    return f"{frame.filename}:{frame.lineno}: {frame.line}"
 
 
 @check(
@@ -35,16 +25,26 @@ def _place(error: BaseException) -> str:
     "one",
     first=True,
 )
-def prepare_returns(subject: Subject) -> None:
-    """`prepare` returns tensors of one row a completion, without gradient."""
+def prepare_returns(subject: Subject) -> str | None:
+    """`prepare` returns finite tensors of one row a completion, without gradient, and the same when called again."""
     loss, data = subject.build(), subject.data()
     if not loss.prepares:
-        return
-    try:
-        with torch.no_grad():
-            found = loss.prepare(data.rollout(loss=loss))
-    except Exception as error:
-        fail(f"`prepare` raises {type(error).__name__}: {error} (at {_place(error)})")
+        return "it has no `prepare`"
+    unscored = data.items["rewards"].clone()
+    unscored[0, 0] = torch.nan
+    for part in (data, dataclasses.replace(data, items=data.items | {"rewards": unscored})):
+        try:
+            with torch.no_grad():
+                found, again = (loss.prepare(part.rollout(loss=loss)) for _ in range(2))
+        except Exception as error:
+            fail(f"in `prepare`, {describe(error)}")
+        _check_prepared(found, part)
+        if found.keys() != again.keys() or not all(torch.equal(value, again[name]) for name, value in found.items()):
+            fail("`prepare` returns something else when it is called again on the same completions")
+    return None
+
+
+def _check_prepared(found: Any, data: Data) -> None:
     if not isinstance(found, Mapping):
         fail(f"`prepare` returns a dict of tensors, found {type(found).__name__}")
     for name, value in found.items():
@@ -57,6 +57,8 @@ def prepare_returns(subject: Subject) -> None:
             )
         if value.requires_grad:
             fail(f"'{name}' carries a gradient")
+        if value.is_floating_point():
+            require_finite(value, f"'{name}'{_UNSCORED}")
 
 
 @check(
@@ -66,7 +68,7 @@ def prepare_returns(subject: Subject) -> None:
 )
 def declared_needs(subject: Subject) -> None:
     """The loss runs on the fields and columns that it declares, and on no others."""
-    loss, data = subject.build(), subject.data()
+    loss, data = subject.as_built(), subject.data(dtype=torch.float32)
     unknown = [column for column in getattr(loss, "columns", ()) if not isinstance(column, str)]
     if unknown:
         fail(f"`columns` holds {unknown!r}; it names data-set columns")
@@ -74,15 +76,13 @@ def declared_needs(subject: Subject) -> None:
         batch, outputs = data.build(loss)
         loss(batch, outputs)
     except MissingFieldError as error:
-        fail(f"{error} (at {_place(error)})")
+        fail(describe(error).partition(": ")[2])
     except KeyError as error:
         fail(
             f"the key {error} is in neither `columns` ({', '.join(loss.columns) or 'none declared'}) nor what "
             f"`prepare` "
-            f"returned (at {_place(error)})"
+            f"returned: {describe(error)}"
         )
-    except Exception as error:
-        fail(f"the loss raises {type(error).__name__}: {error} (at {_place(error)})")
 
 
 @check(
@@ -94,44 +94,54 @@ def declared_needs(subject: Subject) -> None:
 def returns(subject: Subject) -> None:
     """The loss returns a floating-point tensor of a shape that can be reduced, and a dict of metrics."""
     for dtype in (torch.float32, torch.float64):
-        loss, data = subject.build(), subject.data(dtype=dtype)
-        batch, outputs = data.build(loss)
-        try:
-            raw, _ = evaluate(loss, batch, outputs)
-            value = reduce_loss(loss, raw, batch)
-        except (TypeError, ValueError) as error:
-            fail(str(error))
-        if raw.dtype is not dtype:
-            fail(f"for {dtype} log-probabilities the loss is {raw.dtype}")
-        if not raw.requires_grad:
-            fail("the loss has no gradient: it does not depend on the model's outputs, or was detached")
-        if loss.surrogate and not loss.composite and raw.dim() != 2:
-            fail(
-                f"the loss has the shape {tuple(raw.shape)}; a surrogate has (B, T) or (B, 1), on which off-policy "
-                f"masks "
-                "and vLLM ratios can act. Set `surrogate = False` for an auxiliary term"
-            )
-        if loss.composite and raw.dim():
-            fail(
-                f"a loss that declares `composite = True` reduces itself to a scalar, found the shape "
-                f"{tuple(raw.shape)}"
-            )
-        require_finite(raw, "the loss")
-        require_finite(value, "the reduced loss")
+        loss = subject.build() if dtype is torch.float64 else subject.as_built()
+        data = subject.data(dtype=dtype)
+        _require_loss(loss, data, dtype)
+        if "rewards" in loss.requires:
+            unscored = data.items["rewards"].clone()
+            unscored[0, 0] = torch.nan
+            _require_loss(loss, dataclasses.replace(data, items=data.items | {"rewards": unscored}), dtype, _UNSCORED)
+
+
+_UNSCORED = ", where a reward function left a completion unscored (NaN),"
+
+
+def _require_loss(loss: Loss, data: Data, dtype: torch.dtype, where: str = "") -> None:
+    batch, outputs = data.build(loss)
+    try:
+        raw, _ = evaluate(loss, batch, outputs)
+        value = reduce_loss(loss, raw, batch)
+    except (TypeError, ValueError) as error:
+        fail(str(error))
+    except RuntimeError as error:
+        fail(f"{describe(error)}. It is called with {dtype} here: leave inputs in the dtype that they have")
+    if raw.dtype is not dtype:
+        fail(f"for {dtype} log-probabilities the loss is {raw.dtype}; leave inputs in the dtype that they have")
+    if not raw.requires_grad:
+        fail("the loss has no gradient: it does not depend on the model's outputs, or was detached")
+    if loss.surrogate and not loss.composite and raw.dim() != 2:
+        fail(
+            f"the loss has the shape {tuple(raw.shape)}; a surrogate has (B, T) or (B, 1), on which off-policy masks "
+            "and vLLM ratios can act. Set `surrogate = False` for an auxiliary term"
+        )
+    if loss.composite and raw.dim():
+        fail(f"a loss that declares `composite = True` reduces itself to a scalar, found {tuple(raw.shape)}")
+    require_finite(raw, f"the loss{where}")
+    require_finite(value, f"the reduced loss{where}")
 
 
 @check(
     usual_cause="a metric without `.detach()` keeps the graph of every micro-batch alive until the next log; a float "
-    "comes "
-    "from `.item()`, which makes the host wait",
+    "comes from `.item()`, which makes the host wait. NaN is a mean over nothing: use "
+    "`Metric(mask=...)`, or count at least 1",
 )
 def metrics(subject: Subject) -> None:
     """Metrics are finite, detached tensors of a shape that can be averaged."""
-    loss, data = subject.build(), subject.data(dtype=torch.float32)
+    loss, data = subject.as_built(), subject.data(dtype=torch.float32)
     batch, outputs = data.build(loss)
     _, found = loss(batch, outputs)
     for name, metric in found.items():
-        if not isinstance(name, str):
+        if not isinstance(name, str) or not name:
             fail(f"metrics have names, found {name!r}")
         value = metric.value if isinstance(metric, Metric) else metric
         if not isinstance(value, Tensor):
@@ -161,7 +171,11 @@ def needs_are_used(subject: Subject) -> None:
             unused.append(f"`{name}`")
     for name in loss.columns:
         given = data.columns(loss)[name]
-        others = [(given + 0.5) % 1, 1 - given] if isinstance(given, Tensor) else [[*given[1:], given[0]]]
+        if isinstance(given, Tensor):
+            others = [(given + 0.5) % 1, 1 - given]
+        else:  # texts are exchanged and lengthened
+            others = [[*given[1:], given[0]]]
+            others += [[f"{value} more" for value in given]] if all(isinstance(v, str) for v in given) else []
         if all(_same(before, _everything(subject, data, {name: list(other)})) for other in others):
             unused.append(f"the column '{name}'")
     if unused:
@@ -183,7 +197,8 @@ _ROWS_OF_NEED = {
 def _changed(data: Data, need: str) -> Iterator[Data]:
     """Data whose rows or items for a need are other numbers: lower, higher, and in another order of magnitude."""
     if need == "group_ids":
-        yield dataclasses.replace(data, items=data.items | {need: (data.items[need] + 1) % 2})
+        for groups in (torch.arange(data.size), torch.zeros(data.size, dtype=torch.long)):
+            yield dataclasses.replace(data, items=data.items | {need: groups})
         return
     generator = torch.Generator().manual_seed(1)
     for scale in (-0.3, 0.3, 3.0):

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...base import Loss
 from ...reductions import evaluate, reduce_loss
-from ...types import Metric
+from ...types import Metric, ModelOutputs
 from ..check import check, fail, require_equal
 from ..host_syncs import HostSync, HostSyncDetector
 from ..runs import begin, take_step
@@ -27,7 +28,8 @@ from ..subject import Subject
 def no_host_sync(subject: Subject) -> None:
     """The loss never makes the host wait for the device, and prints nothing."""
     data = subject.data(dtype=torch.float32)
-    loss = subject.build()
+    loss = subject.as_built()
+    begin(loss, steps=8)
     moved = data.to("meta")
     batch, outputs = moved.build(loss, data.denominators())  # `prepare` may wait, once a generation batch
     denominators = {name: value for name, value in vars(batch.denominators).items() if isinstance(value, Tensor)}
@@ -37,16 +39,23 @@ def no_host_sync(subject: Subject) -> None:
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed), HostSyncDetector() as detector:
-            raw, _ = evaluate(loss, batch, outputs)
-            value = reduce_loss(loss, raw, batch)
+            for mode in ("training", "evaluation"):
+                loss.train(mode == "training")
+                raw, _ = evaluate(loss, batch, outputs)
+                value = reduce_loss(loss, raw, batch)
+                if mode == "training":
+                    moved.gradients(loss, value)
+                    for part in loss.tree():
+                        part.move_to_step(3)
+                        part.on_step_begin(3)
     except HostSync as error:
         fail(str(error))
     except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
         fail(f"the loss cannot run where tensors hold no values: {type(error).__name__}: {str(error).splitlines()[0]}")
     if detector.found is not None:
         fail(str(detector.found))
-    if printed.getvalue():
-        fail(f"the loss prints {printed.getvalue().strip()[:80]!r} at every micro-batch")
+    if printed.getvalue().strip():
+        fail(f"the loss prints {printed.getvalue().strip().splitlines()[0][:80]!r} at every micro-batch")
     if value.device.type != "meta":
         fail(f"the loss is on the device '{value.device}', its inputs on '{moved.rows['mask'].device}'")
 
@@ -66,6 +75,7 @@ def inputs_unchanged(subject: Subject) -> None:
         for name, value in _tensors(vars(part)).items()
         if isinstance(value, Tensor)
     }
+    batch_columns = _lists(batch)
     before = {name: (value.detach().clone(), value._version) for name, value in seen.items()}
     try:
         raw, _ = loss(batch, outputs)
@@ -79,10 +89,19 @@ def inputs_unchanged(subject: Subject) -> None:
         if value._version != version or not torch.equal(value.nan_to_num(), copied.nan_to_num()):
             gap = (value.double() - copied.double()).abs().nan_to_num().max()
             fail(f"the loss changes `{name}` in place, by up to {float(gap):.3g}")
+    if repr(batch_columns) != repr(_lists(batch)):
+        fail("the loss changes a data-set column in place")
     for where, part in parts.items():
+        for name, value in _tensors(vars(part)).items():
+            if seen.get(f"{where}.{name}", value) is not value:
+                fail(f"the loss puts another tensor in the place of `{where}.{name}`")
         added = {f"{where}.{name}" for name in _tensors(vars(part))} - seen.keys()
         if added:
             fail(f"the loss adds {sorted(added)} to its inputs")
+
+
+def _lists(batch: Any) -> dict[str, list]:
+    return {name: list(values) for name, values in batch.columns.items() if isinstance(values, list)}
 
 
 def _tensors(fields: dict[str, Any]) -> dict[str, Any]:
@@ -96,25 +115,31 @@ def _tensors(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 @check(
+    first=True,
     usual_cause="random numbers in `forward`, or state that a forward pass moves: move it in `on_step_end`, from what "
     "`observe` collected, so that evaluation and the number of micro-batches do not",
 )
 def same_input_same_output(subject: Subject) -> None:
-    """The same input gives the same output."""
-    loss, data = subject.build(), subject.data()
+    """The same input gives the same output, in training and in evaluation."""
+    loss, data = subject.build(), subject.data(size=16)
     batch, outputs = data.build(loss, data.denominators())
-    results = []
-    for _ in range(2):
-        raw, metrics = loss(batch, outputs)
-        values = {name: metric.value if isinstance(metric, Metric) else metric for name, metric in metrics.items()}
-        results.append({"the loss": reduce_loss(loss, raw, batch)} | values)
-    first, second = results
-    if first.keys() != second.keys():
-        fail(f"the metrics {sorted(first.keys() ^ second.keys())} are there in one of two calls only")
-    for name, value in first.items():
-        require_equal(
-            second[name], value, f"'{name}' of the second call", versus="of the first", relative=0, absolute=0
-        )
+    for mode in ("training", "evaluation"):
+        loss.train(mode == "training")
+        first = _outputs(loss, batch, outputs)
+        for number in range(2, 6):
+            other = _outputs(loss, batch, outputs)
+            if first.keys() != other.keys():
+                fail(f"the metrics {sorted(first.keys() ^ other.keys())} are there in one of two calls only, in {mode}")
+            for name, value in first.items():
+                what = f"'{name}' of call {number} in {mode}"
+                require_equal(other[name], value, what, versus="of the first", relative=0, absolute=0)
+
+
+def _outputs(loss: Loss, batch: Any, outputs: ModelOutputs) -> dict[str, Tensor]:
+    """The reduced loss and the metrics, by name."""
+    raw, metrics = loss(batch, outputs)
+    values = {name: metric.value if isinstance(metric, Metric) else metric for name, metric in metrics.items()}
+    return {"the loss": reduce_loss(loss, raw, batch)} | values
 
 
 @check(
