@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -168,14 +169,30 @@ def test_a_policy_picture_has_both_advantages(figures: list[Figure], tmp_path: P
     assert "importance ratio" in value.get_xlabel()
 
 
+def test_a_loss_of_columns_is_drawn_for_a_row_of_its_examples() -> None:
+    loss = drawable({"type": "safe_dpo", "beta": 0.1, "delta": 10.0})
+    curve = preference_curve(loss, points=3)
+    # Chosen safe, rejected unsafe: -log sigmoid(beta margin - 10).
+    assert curve.values[1] == pytest.approx(math.log1p(math.exp(10.0)))
+    assert "for a row of chosen_unsafe = 0, rejected_unsafe = 1" in losses._subtitle(loss)
+
+
+def test_a_loss_that_compares_pairs_is_drawn_for_a_pair_alone() -> None:
+    loss = drawable({"type": "aot", "beta": 0.1})
+    alone, sigmoid = preference_curve(loss, points=5), preference_curve(drawable("sigmoid"), points=5)
+    np.testing.assert_allclose(alone.values, sigmoid.values)
+    assert "of a pair alone" in losses._subtitle(loss) and "of a pair alone" not in losses._subtitle(
+        drawable("sigmoid")
+    )
+
+
 # What has no picture
 
 
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("aot", "compares the pairs"),
-        ("bfpo", "columns chosen_unsafe, rejected_unsafe"),
+        ("safety", "columns chosen_unsafe, rejected_unsafe"),
         ("consistency", "needs sequence_hidden"),
         ("dynamic_grpo", "whole generation batches"),
         ("diversity", "needs pooled_hidden"),
@@ -234,8 +251,8 @@ def test_mistakes_in_the_configuration_are_told(tmp_path: Path) -> None:
 
 
 def test_several_losses_are_written_or_none(tmp_path: Path) -> None:
-    with pytest.raises(LossConfigError, match="'aot' has no picture"):
-        plot_losses(["sigmoid", "aot"], tmp_path / "none")
+    with pytest.raises(LossConfigError, match="'safety' has no picture"):
+        plot_losses(["sigmoid", "safety"], tmp_path / "none")
     assert not (tmp_path / "none").exists()
     module = "trl_custom_losses.losses.preference.sigmoid:SigmoidLoss"
     paths = plot_losses(["sigmoid", {"type": "sigmoid", "beta": 0.5}, module], tmp_path / "some")

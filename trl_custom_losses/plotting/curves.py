@@ -87,15 +87,22 @@ def _obstacle(loss: Loss) -> str:
     missing = sorted(loss.requires - _GIVEN[loss.family])
     if missing:
         return f"needs {', '.join(missing)}, which a picture against one number cannot hold"
-    if loss.columns:
+    if len(example_columns(loss)) < len(loss.columns):
         return f"reads the data-set columns {', '.join(loss.columns)}, so that its value depends on the row"
     if loss.prepares:
         return "prepares whole generation batches, so that its value depends on the other completions of a prompt"
-    if loss.batch_coupled or loss.minimum_batch > 1:
+    if loss.minimum_batch > 1 or (loss.batch_coupled and loss.family == "policy"):
         return "compares the pairs or sequences of a batch with each other, so that one alone says nothing of it"
     if loss.family == "policy" and not any(leaf.surrogate for leaf in loss.leaves()):
         return "is no surrogate of the importance ratio"
     return ""
+
+
+def example_columns(loss: Loss) -> dict[str, float]:
+    """The first example of each data-set column that a loss reads, as far as it gives numbers as examples."""
+    examples = {name: values for part in loss.tree() for name, values in part.column_examples.items()}
+    first = {name: examples[name][0] for name in loss.columns if examples.get(name)}
+    return {name: float(value) for name, value in first.items() if isinstance(value, (int, float))}
 
 
 def why_not_drawable(config: str | Mapping[str, Any]) -> str:
@@ -176,7 +183,8 @@ def _pair(loss: Loss, margin: torch.Tensor, reference: float) -> tuple[float, fl
     ids = torch.zeros(2, 2, dtype=torch.long)
     refs = torch.full((2, 1), reference, dtype=torch.float64)
     logps = (refs + torch.stack((margin, -margin)).unsqueeze(1) / 2).requires_grad_()
-    batch = PreferenceBatch(input_ids=ids, attention_mask=torch.ones_like(ids), mask=mask)
+    columns = {name: torch.tensor([value], dtype=torch.float64) for name, value in example_columns(loss).items()}
+    batch = PreferenceBatch(input_ids=ids, attention_mask=torch.ones_like(ids), mask=mask, columns=columns)
     raw, _ = evaluate(loss, batch, ModelOutputs(per_token_logps=logps, ref_per_token_logps=refs, mask=mask))
     value = reduce_loss(loss, raw, batch)
     gradient = _gradient(loss, value, logps)

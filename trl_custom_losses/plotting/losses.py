@@ -16,7 +16,15 @@ from ..base import Loss
 from ..errors import LossConfigError
 from ..schedules import Schedule
 from ..types import Family
-from .curves import PolicyCurve, PreferenceCurve, drawable, drawable_losses, policy_curve, preference_curve
+from .curves import (
+    PolicyCurve,
+    PreferenceCurve,
+    drawable,
+    drawable_losses,
+    example_columns,
+    policy_curve,
+    preference_curve,
+)
 from .style import drawing, finish_axes, label_text, new_figure, save, style
 
 _MARGIN = "margin: chosen minus rejected log-ratio (nats)"
@@ -134,6 +142,11 @@ def _subtitle(loss: Loss) -> str:
     text = textwrap.fill(text, 150, max_lines=2, placeholder=" …")
     if any(part.schedules for part in loss.tree()):
         text += "\nscheduled hyperparameters have the value of the first step"
+    columns = example_columns(loss)
+    if columns:
+        text += "\nfor a row of " + ", ".join(f"{name} = {value:g}" for name, value in columns.items())
+    if loss.batch_coupled:
+        text += "\nof a pair alone: in a batch, the loss compares pairs with each other"
     if any(part.stop_gradient for part in loss.tree()):
         text += "\nparts of it are detached: the gradient is not the slope of the loss"
     return text

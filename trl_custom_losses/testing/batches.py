@@ -122,12 +122,12 @@ class Data:
         )
 
     def columns(self, loss: Loss) -> dict[str, Any]:
-        """The data-set columns that `loss` declares: its own examples, or numbers from 0 to 1."""
+        """The data-set columns that `loss` declares: of `items`, or its own examples, or numbers from 0 to 1."""
         return {name: self._column(loss, name) for name in loss.columns}
 
     def _column(self, loss: Loss, name: str) -> Any:
         examples = _examples(loss, name)
-        if examples is None:
+        if name in self.items or examples is None:
             return self.items.get(name, self.items["weight"])
         index = range(self.size) if self.index is None else self.index.tolist()
         values = [examples[position % len(examples)] for position in index]

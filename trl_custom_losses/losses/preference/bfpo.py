@@ -11,7 +11,7 @@ from ...hyperparameters import check_range
 from ...registry import LossFunctionRegistry
 from ...types import ModelOutputs, PreferenceBatch
 from .log_ratio import LogRatioLoss
-from .unsafe_labels import UNSAFE_COLUMNS, unsafe_indicators
+from .unsafe_labels import UNSAFE_COLUMNS, UNSAFE_EXAMPLES, unsafe_indicators
 
 
 @LossFunctionRegistry.register("bfpo")
@@ -38,6 +38,7 @@ class BFPOLoss(LogRatioLoss):
     """
 
     columns = UNSAFE_COLUMNS
+    column_examples = UNSAFE_EXAMPLES
     prefers_chosen = False
 
     def __init__(self, *, b1: float = 3.0, alpha: float = 0.5, **options: Any) -> None:

@@ -12,7 +12,7 @@ from ...hyperparameters import check_range
 from ...registry import LossFunctionRegistry
 from ...types import ModelOutputs, PreferenceBatch
 from .score_difference import ScoreDifferenceLoss
-from .unsafe_labels import UNSAFE_COLUMNS, unsafe_indicators
+from .unsafe_labels import UNSAFE_COLUMNS, UNSAFE_EXAMPLES, unsafe_indicators
 
 
 @LossFunctionRegistry.register("safe_dpo")
@@ -39,6 +39,7 @@ class SafeDPOLoss(ScoreDifferenceLoss):
     """
 
     columns = UNSAFE_COLUMNS
+    column_examples = UNSAFE_EXAMPLES
     prefers_chosen = False
 
     def __init__(self, *, delta: float = 10.0, **options: Any) -> None:

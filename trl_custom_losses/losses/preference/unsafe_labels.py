@@ -10,6 +10,9 @@ from ...types import PreferenceBatch
 #: Of the chosen and the rejected completion: 0 = safe, 1 = unsafe, or the probability of it.
 UNSAFE_COLUMNS = ("chosen_unsafe", "rejected_unsafe")
 
+#: Pairs to show such a loss with: each case once, the usual one first, and one of probabilities.
+UNSAFE_EXAMPLES = {"chosen_unsafe": (0.0, 1.0, 0.0, 1.0, 0.3), "rejected_unsafe": (1.0, 0.0, 0.0, 1.0, 0.6)}
+
 
 def unsafe_labels(batch: PreferenceBatch, like: Tensor) -> tuple[Tensor, Tensor]:
     """How unsafe the chosen and the rejected completions are, 0 to 1, each (B,).

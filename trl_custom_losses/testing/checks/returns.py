@@ -218,6 +218,7 @@ def _everything(
 ) -> list[Tensor]:
     """Loss, gradients, metrics, and what was prepared and observed; with other values in some columns."""
     loss = subject.build()
+    data = dataclasses.replace(data, items={name: v for name, v in data.items.items() if name not in columns})
     for part in loss.tree():
         part.column_examples = {
             **part.column_examples,
