@@ -97,8 +97,28 @@ def test_fsdp_that_accelerate_would_drop_without_a_word_is_an_error(tmp_path, de
         launch.train_dpo(words)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run.yaml", "--bf16", "false"], "unexpected word 'run.yaml'; did you mean --config run.yaml"),
+        (["stray"], "stray"),
+    ],
+)
+def test_a_word_that_belongs_to_no_argument_is_an_error(words, message):
+    with pytest.raises(LossConfigError, match=message):
+        launch.parse(words, ScriptArguments, CustomDPOConfig)
+
+
+def test_two_files_of_arguments_are_an_error(tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text("{}")
+    with pytest.raises(SystemExit):
+        launch.parse(["--config", str(tmp_path / "a.yaml")] * 2, ScriptArguments, CustomDPOConfig)
+    assert "--config is given twice" in capsys.readouterr().err
+
+
 _LAST_STATEMENT = """
-import atexit, sys
+import atexit, sys, time
+from concurrent.futures import ThreadPoolExecutor
 import torch.distributed as distributed
 from trl_custom_losses.trainers.launch import end_rank
 
@@ -110,13 +130,15 @@ kept = NeverTornDown()
 if sys.argv[1] == "several":
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
 atexit.register(print, "at exit")
+ThreadPoolExecutor(1).submit(lambda: (time.sleep(0.3), print("uploaded")))
 end_rank()
 print("after")
 """
 
 
 @pytest.mark.parametrize(
-    ("processes", "printed"), [("several", ["at exit"]), ("one", ["after", "at exit", "torn down"])]
+    ("processes", "printed"),
+    [("several", ["uploaded", "at exit"]), ("one", ["after", "uploaded", "at exit", "torn down"])],
 )
 def test_one_of_several_processes_ends_before_its_interpreter_is_torn_down(processes, printed):
     words = [sys.executable, "-c", _LAST_STATEMENT, processes]

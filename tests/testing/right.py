@@ -8,7 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trl_custom_losses import LossConfigError, Metric, ModelOutputs, PolicyBatch, PolicyLoss, PreferenceBatch, Rollout
+from trl_custom_losses import (
+    LossConfigError,
+    Metric,
+    ModelOutputs,
+    PolicyBatch,
+    PolicyLoss,
+    PreferenceBatch,
+    PreferenceLoss,
+    Rollout,
+)
 from trl_custom_losses.state import HostState, host_zeros
 
 from .broken.base import Right, RightOnLogits, RightPolicy, composed, right_margin
@@ -283,6 +292,41 @@ class KinkWhereItStands(RightPolicy):
         ratio = (model_outputs.per_token_logps - model_outputs.per_token_logps.detach()).exp()
         clipped = torch.where(batch.mask.cumsum(1) == 1, ratio.clamp(min=1), ratio)
         return -torch.min(ratio * batch.advantages, clipped * batch.advantages), {}
+
+
+class CrossEntropyOfTransposed(PreferenceLoss):
+    """Its gradient is laid out in another order than its input."""
+
+    requires = frozenset({"logits"})
+    reduction = "token_mean"
+    prefers_chosen = False
+
+    def forward(self, batch: PreferenceBatch, model_outputs: ModelOutputs) -> Any:
+        logits = model_outputs.logits.float() if model_outputs.logits.dtype is torch.bfloat16 else model_outputs.logits
+        logits = logits.masked_fill(model_outputs.mask.unsqueeze(-1) == 0, 0)
+        return F.cross_entropy(logits.transpose(1, 2), batch.input_ids[:, 1:], reduction="none"), {}
+
+
+class WeighsPairs(Right):
+    """Two columns, one by the name of the README's example."""
+
+    columns = ("weight", "difficulty")
+
+    def forward(self, batch: PreferenceBatch, model_outputs: ModelOutputs) -> Any:
+        loss, metrics = super().forward(batch, model_outputs)
+        return loss * batch.columns["weight"] * (1 + batch.columns["difficulty"]), metrics
+
+
+class NeedsTwoPairs(Right):
+    """Does not run on fewer pairs than it declares."""
+
+    batch_coupled = True
+    minimum_batch = 2
+
+    def of(self, margin: Tensor) -> Tensor:
+        if margin.size(0) < 2:
+            raise ValueError("needs two pairs")
+        return super().of(margin / (1 + margin.std()))
 
 
 class EntropyBonus(PolicyLoss):

@@ -179,3 +179,12 @@ def test_the_test_of_a_check_fails_where_the_loss_does() -> None:
     passing()
     with pytest.raises(LossCheckError, match="summed over 2 micro-batches"):
         failing()
+
+
+def test_a_loss_that_ends_the_program_fails_and_the_program_goes_on() -> None:
+    class Ends(Right):
+        def forward(self, batch: object, model_outputs: object) -> tuple:
+            raise SystemExit("enough")
+
+    report = run_checks(Ends)
+    assert "SystemExit: enough" in report.failed[0].message

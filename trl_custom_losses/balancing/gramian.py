@@ -17,6 +17,8 @@ WATCHED, WATCHED_WEIGHTED = "watched gradients", "watched weighted gradients"
 
 #: Values of a gradient in half precision that are widened at a time.
 _WIDENED = 2**20
+#: Values that a GPU's `dot` takes at a time, fewer than 2^31.
+_LONGEST = 2**30
 
 
 def gramian_of(gradients: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -37,10 +39,13 @@ def gramian_of(gradients: Sequence[Sequence[Tensor]]) -> Tensor:
 
 def _dot(first: Tensor, second: Tensor) -> Tensor:
     """Inner product of two gradients of one type, (n,), which half precision would round and let overflow."""
-    if first.dtype in (torch.float32, torch.float64):
+    precise = first.dtype in (torch.float32, torch.float64)
+    size = _LONGEST if precise else _WIDENED
+    if precise and first.numel() <= size:
         return torch.dot(first, second)
-    pieces = zip(first.split(_WIDENED), second.split(_WIDENED), strict=True)
-    return torch.stack([torch.dot(a.float(), b.float()) for a, b in pieces]).sum()
+    pieces = zip(first.split(size), second.split(size), strict=True)
+    exact = first.dtype if precise else torch.float32
+    return torch.stack([torch.dot(a.to(exact), b.to(exact)) for a, b in pieces]).sum()
 
 
 def step_gramian(

@@ -76,16 +76,12 @@ def _checked(name: str, values: dict[str, Any], *, only: bool) -> CheckReport:
     from ..testing import CheckReport, CheckResult, run_checks
 
     try:
-        return run_checks(name, **{**_example(name), **values})
+        return run_checks(name, **values)
     except LossConfigError as error:
         if only:
             raise
         description = "The loss can be built, by its defaults and its `example`."
         return CheckReport(name, "", (CheckResult("builds", description, "failed", str(error)),))
-
-
-def _example(name: str) -> dict[str, Any]:
-    return dict(LossFunctionRegistry.get(name).example)
 
 
 def _parsed(words: list[str]) -> dict[str, Any]:

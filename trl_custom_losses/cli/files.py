@@ -32,6 +32,8 @@ def refuse_paths(name: str, command: str, *, takes_files: bool = False) -> None:
     Raises:
         LossConfigError: It is that of a file or folder; the message says what to give.
     """
+    if not name:
+        raise LossConfigError("a loss is named by its registered name or as 'module:loss'; found nothing")
     if ":" in name or name in LossFunctionRegistry.names():
         return
     path = Path(name)

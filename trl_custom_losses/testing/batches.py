@@ -128,11 +128,11 @@ class Data:
     def _column(self, loss: Loss, name: str) -> Any:
         examples = _examples(loss, name)
         if name in self.items or examples is None:
-            return self.items.get(name, self.items["weight"])
+            return self.items.get(name, self.items["unit"])
         index = range(self.size) if self.index is None else self.index.tolist()
         values = [examples[position % len(examples)] for position in index]
         numeric = all(isinstance(value, (int, float, Tensor)) for value in values)
-        return torch.tensor(values, dtype=torch.float64).to(self.items["weight"]) if numeric else values
+        return torch.tensor(values, dtype=torch.float64).to(self.items["unit"]) if numeric else values
 
     def build(self, loss: Loss, denominators: Denominators | None = None) -> tuple[Any, ModelOutputs]:
         """Batch and outputs with what is always present and what `loss` declares, no more."""

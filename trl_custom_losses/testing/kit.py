@@ -85,7 +85,7 @@ def run_check(one: Check, subject: Subject) -> CheckResult:
             note = one.run(subject)
     except CheckFailure as failure:
         message = f"{failure}. Usual cause: {one.usual_cause}"
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         message = describe(error)
     status: Status = "failed" if message else "passed"
     return CheckResult(one.name, one.description, status, message, note or "", time.perf_counter() - start)

@@ -56,6 +56,7 @@ def random_data(
     for name in LEAVES:
         rows[name].requires_grad_()
     items = {"advantages": normal(size), "weight": torch.rand(size, generator=generator, dtype=torch.float64)}
+    items["unit"] = items["weight"].clone()  # what a column holds of which nothing else is known
     items["rewards"] = normal(size, 2)
     for side in ("chosen", "rejected"):
         items[f"{side}_unsafe"] = torch.rand(size, generator=generator, dtype=torch.float64)

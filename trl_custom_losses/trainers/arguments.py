@@ -40,6 +40,8 @@ class ArgumentParser(TrlParser):
             SystemExit: argparse refuses the words (code 2), or printed the help.
         """
         words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+        if words.count("--config") > 1:
+            self.error("--config is given twice")
         if "--config" in words:
             self._check_file(words)
         try:
@@ -64,6 +66,9 @@ class ArgumentParser(TrlParser):
             self.error("no arguments; give at least --config FILE.yaml, or --model_name_or_path and --dataset_name")
         found, unknown = super().parse_known_args(args, namespace)
         self._values = dict(vars(found))
+        if unknown and not unknown[0].startswith("-"):  # not the value of a flag that is unknown
+            hint = f"; did you mean --config {unknown[0]}?" if unknown[0].endswith((".yaml", ".yml")) else ""
+            raise LossConfigError(f"unexpected word {unknown[0]!r}{hint}")
         names = [word.lstrip("-").split("=")[0].replace("-", "_") for word in unknown if word.startswith("--")]
         for name in names:
             if difflib.get_close_matches(name, self._known, n=1, cutoff=0.85):

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -221,12 +222,14 @@ def end_rank() -> None:
 
     A process whose interpreter is torn down beside torch's communication threads can be aborted by them (SIGABRT,
     "terminate called without an active exception"), which a launcher takes for a failed run although everything has
-    been saved. So what runs at an exit is run here, and the rest of the teardown is left out.
+    been saved. So what runs at an exit is run here, and the rest of the teardown is left out; files that are still open
+    are not flushed.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    threading._shutdown()  # waits for threads at work, such as uploads, and for pools of them
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from trl_custom_losses.losses.preference import IPOLoss
+from trl_custom_losses.testing import extreme_data
 
 from ..singles import pair_gradient, pair_loss
 
@@ -25,3 +26,12 @@ def test_pulls_the_margin_to_its_target_from_both_sides() -> None:
     assert pair_gradient(IPOLoss(beta=0.1), 2.0, 0.0) == pytest.approx((2 * (2 - 5), -2 * (2 - 5)))
     assert pair_gradient(IPOLoss(beta=0.1), 9.0, 0.0) == pytest.approx((2 * (9 - 5), -2 * (9 - 5)))
     assert pair_gradient(IPOLoss(beta=0.1), 5.0, 0.0) == pytest.approx((0, 0), abs=1e-12)
+
+
+@pytest.mark.parametrize("coefficient", [0.5, 0.999, 1.004, 2.0])
+@pytest.mark.parametrize("nats", [-1e4, 1e4])
+def test_squares_of_scores_are_finite_in_float32(coefficient: float, nats: float) -> None:
+    options = {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": coefficient}
+    data = extreme_data("preference", log_ratios=[nats, -nats])
+    loss = IPOLoss(**options)
+    assert data.loss(loss).isfinite() and data.gradient(loss).isfinite().all()

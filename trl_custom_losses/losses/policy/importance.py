@@ -44,7 +44,8 @@ class ImportanceWeightedLoss(PolicyLoss):
 
         Args:
             clipped: Whether the clip acts, on each token or sequence, (B, T) or (B, 1), bool.
-            batch: On tokens that its off-policy and high-entropy masks or vLLM ratios drop, nothing acts.
+            batch: On tokens that its off-policy and high-entropy masks or vLLM ratios drop, nothing acts; they are not
+                clipped.
             outputs: Its mask tells which tokens count; a sequence without any does not.
         """
         if not self.watching:

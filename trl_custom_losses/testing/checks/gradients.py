@@ -48,7 +48,10 @@ def _compare(loss: Loss, data: Data, name: str, analytic: Tensor, value: Tensor,
     base = data.rows[name].detach()
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randperm(base.numel(), generator=generator)[:_MOST_ELEMENTS].tolist()
-    expected, kinks = analytic.clone(), 0  # where nothing is compared, nothing differs
+    expected, kinks = (
+        analytic.clone(memory_format=torch.contiguous_format),
+        0,
+    )  # where nothing is compared, nothing differs
     for element in chosen:
         sides = []
         for step in (_STEP, -_STEP):

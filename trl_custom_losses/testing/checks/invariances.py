@@ -99,15 +99,18 @@ def _split(data: Data, loss: Loss, parts: list[list[int]], of: str) -> None:
     usual_cause="a mean, a sort or a baseline over the micro-batch: declare `batch_coupled = True`, or move it to "
     "`prepare`, where the whole generation batch is seen",
 )
-def batch_coupling(subject: Subject) -> None:
+def batch_coupling(subject: Subject) -> str | None:
     """A pair's or sequence's loss depends on the others of its micro-batch if, and only if, `batch_coupled` says so."""
     loss, data = subject.build(), subject.data()
     if loss.composite:  # a scalar; its components are checked one by one
         for leaf in loss.leaves():
-            if not leaf.composite and leaf.family == data.family:
+            if not leaf.composite and leaf.family == data.family and leaf.minimum_batch == 1:
                 _coupling(data, leaf)
-        return
+        return None
+    if loss.minimum_batch > 1:
+        return f"`minimum_batch = {loss.minimum_batch}`: it need not run on one row"
     _coupling(data, loss)
+    return None
 
 
 def _coupling(data: Data, loss: Loss) -> None:
@@ -136,8 +139,8 @@ def ranks(subject: Subject) -> None:
     """Two ranks average to the whole; of a loss that declares `batch_coupled`, to the whole or to the mean of each
     rank's own, and every rank takes part in the same collectives.
     """
-    data = subject.data(size=6)
     loss = subject.build()
+    data = subject.data(size=max(6, 2 * loss.minimum_batch))
     coupled, local = loss.batch_coupled, _normalised_locally(loss)
     count = data.size // 2
     # One micro-batch a rank where micro-batches cannot be put together.

@@ -36,7 +36,7 @@ def prepare_returns(subject: Subject) -> str | None:
         try:
             with torch.no_grad():
                 found, again = (loss.prepare(part.rollout(loss=loss)) for _ in range(2))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             fail(f"in `prepare`, {describe(error)}")
         _check_prepared(found, part)
         if found.keys() != again.keys() or not all(torch.equal(value, again[name]) for name, value in found.items()):
