@@ -151,6 +151,32 @@ class Loss(nn.Module):
             Metrics to log, if any; they must be equal on all ranks.
         """
 
+    def begin_run(self, total_steps: int, done: int = 0) -> None:
+        """Tell this loss and all that it is made of that training begins, or goes on; for whoever drives the root.
+
+        Args:
+            total_steps: Optimizer steps after which it will end.
+            done: How many of them are done.
+        """
+        for loss in self.tree():
+            for schedule in loss.schedules.values():
+                schedule.begin(total_steps)
+            loss.take_observed()  # of a run that was stopped
+            loss.on_train_begin(total_steps)
+            loss.move_to_step(done)  # for an evaluation before the first step
+
+    def begin_step(self, step: int) -> None:
+        """Tell this loss and all that it is made of that an optimizer step begins; for whoever drives the root.
+
+        Args:
+            step: Number of steps done before.
+        """
+        tree = self.tree()
+        for loss in tree:
+            loss.move_to_step(step)
+        for loss in tree:  # a parent's hook may set what its parts have just been given, so it comes after
+            loss.on_step_begin(step)
+
     def observe(self, name: str, values: Tensor) -> None:
         """Add `values` to this step's sum of `name`, for `on_step_end`; nothing happens outside of training.
 

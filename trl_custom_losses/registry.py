@@ -197,6 +197,25 @@ class LossFunctionRegistry:
             f"{', '.join(cls.names(family))}. A loss of your own is named by its import path, 'package.module:Loss'."
         )
 
+    @staticmethod
+    def with_example(loss_class: type[Loss], given: Mapping[str, Any], name: str) -> dict[str, Any]:
+        """Hyperparameters to show a loss with: those given, under their own names, and those of its `example` where
+        none are given or one without a default is missing.
+
+        Args:
+            loss_class: As `get` returns them.
+            given: By name or alias.
+            name: Of the loss, for messages.
+
+        Raises:
+            LossConfigError: One is given twice.
+        """
+        values = _without_aliases(name, loss_class, given)
+        declared = loss_class.declared_hyperparameters()
+        if values and all(key in values for key, parameter in declared.items() if parameter.required):
+            return values
+        return {**loss_class.example, **values}
+
     @classmethod
     def class_of(cls, loss: Any, family: Family | None = None, name: str = "") -> type[Loss]:
         """The loss class of a class or function, with the facts that it was registered with, if it was.

@@ -39,21 +39,12 @@ class LossFunctionCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        for loss in self.loss.tree():
-            for schedule in loss.schedules.values():
-                schedule.begin(state.max_steps)
-            loss.take_observed()  # of a run that was stopped
-            loss.on_train_begin(state.max_steps)
-            loss.move_to_step(state.global_step)  # for an evaluation before the first step
+        self.loss.begin_run(state.max_steps, state.global_step)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        losses = self.loss.tree()
-        for loss in losses:
-            loss.move_to_step(state.global_step)
-        for loss in losses:  # a parent's hook may set what its parts have just been given, so it comes after
-            loss.on_step_begin(state.global_step)
+        self.loss.begin_step(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         losses = self.loss.tree()

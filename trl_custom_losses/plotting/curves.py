@@ -65,7 +65,7 @@ class PolicyCurve:
 
 
 def build(config: str | Mapping[str, Any]) -> Loss:
-    """Make the loss; hyperparameters that have no default and are not given are those of the class's `example`.
+    """Make the loss; what is missing is that of the class's `example` (see `LossFunctionRegistry.with_example`).
 
     Raises:
         LossConfigError: It cannot be built.
@@ -74,9 +74,8 @@ def build(config: str | Mapping[str, Any]) -> Loss:
         raise LossConfigError(f"a loss was needed, as a name or a dict with 'type'; found {config!r}")
     settings = {"type": config} if isinstance(config, str) else dict(config)
     if isinstance(settings.get("type"), str):
-        loss_class = LossFunctionRegistry.get(settings["type"])
-        given = {loss_class.aliases.get(name, name) for name in settings}
-        settings |= {name: value for name, value in loss_class.example.items() if name not in given}
+        name = settings.pop("type")
+        settings = {"type": name, **LossFunctionRegistry.with_example(LossFunctionRegistry.get(name), settings, name)}
     return LossFunctionRegistry.build(settings).eval()
 
 

@@ -11,16 +11,6 @@ from .batches import Data
 _LEARNING_RATE = 0.1  # of the loss's own parameters
 
 
-def begin(loss: Loss, *, steps: int, done: int = 0) -> None:
-    """Training begins, or goes on, with `done` of `steps` optimizer steps taken."""
-    for part in loss.tree():
-        for schedule in part.schedules.values():
-            schedule.begin(steps)
-        part.take_observed()
-        part.on_train_begin(steps)
-        part.move_to_step(done)
-
-
 def take_step(loss: Loss, data: Data, step: int) -> Tensor:
     """One optimizer step of two micro-batches; returns its loss, detached.
 
@@ -29,11 +19,7 @@ def take_step(loss: Loss, data: Data, step: int) -> Tensor:
         data: The step's pairs or sequences.
         step: Number of steps done before.
     """
-    tree = loss.tree()
-    for part in tree:
-        part.move_to_step(step)
-    for part in tree:
-        part.on_step_begin(step)
+    loss.begin_step(step)
     half = max(data.size // 2, loss.minimum_batch)
     parts = [list(range(half)), list(range(half, data.size))]
     parts = [part for part in parts if len(part) >= loss.minimum_batch]
@@ -50,7 +36,7 @@ def take_step(loss: Loss, data: Data, step: int) -> Tensor:
             for parameter, gradient in zip(learned, gradients, strict=True):
                 if gradient is not None:
                     parameter -= _LEARNING_RATE * gradient
-    for part in tree:
+    for part in loss.tree():
         observed = part.take_observed()
         part.on_step_end(step, {name: values.to("cpu", torch.float64) for name, values in observed.items()})
     return total.detach()

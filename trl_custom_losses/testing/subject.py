@@ -75,9 +75,7 @@ def subject_of(loss: Any, hyperparameters: Mapping[str, Any], family: Family | N
     else:
         return _given_object(loss, hyperparameters, context)
     declared = loss_class.declared_hyperparameters()
-    given = {loss_class.aliases.get(key, key): value for key, value in hyperparameters.items()}
-    if not given or any(parameter.required and key not in given for key, parameter in declared.items()):
-        given = {**loss_class.example, **given}
+    given = LossFunctionRegistry.with_example(loss_class, hyperparameters, name)
 
     def build(**changed: Any) -> Loss:
         # From one state of the random numbers, so that two that are built are alike.

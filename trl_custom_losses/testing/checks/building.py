@@ -9,7 +9,6 @@ from ...errors import LossConfigError
 from ...hyperparameters import Hyperparameter, matches
 from ...schedules import accepts_numbers
 from ..check import check, fail
-from ..runs import begin
 from ..subject import Subject
 
 _WRONG_TYPES: tuple[Any, ...] = ("text", None, True, 1.5, [1], {"a": 1}, math.nan, math.inf, 10**400)
@@ -117,8 +116,8 @@ def _follows(subject: Subject, name: str, start: float, end: float, data: Any) -
         moving = subject.build(**{name: {"schedule": "linear", "start": start, "end": end, "total_steps": 4}})
     except LossConfigError:
         return False
-    begin(expected, steps=8, done=4)
-    begin(moving, steps=8, done=4)
+    expected.begin_run(8, done=4)
+    moving.begin_run(8, done=4)
     found, wanted = data.loss(moving), data.loss(expected)
     if not (found - wanted).abs() <= 1e-9 + 1e-7 * wanted.abs():
         fail(

@@ -30,9 +30,7 @@ def prepare_returns(subject: Subject) -> str | None:
     loss, data = subject.build(), subject.data()
     if not loss.prepares:
         return "it has no `prepare`"
-    unscored = data.items["rewards"].clone()
-    unscored[0, 0] = torch.nan
-    for part in (data, dataclasses.replace(data, items=data.items | {"rewards": unscored})):
+    for part in (data, _with_an_unscored_completion(data)):
         try:
             with torch.no_grad():
                 found, again = (loss.prepare(part.rollout(loss=loss)) for _ in range(2))
@@ -69,9 +67,6 @@ def _check_prepared(found: Any, data: Data) -> None:
 def declared_needs(subject: Subject) -> None:
     """The loss runs on the fields and columns that it declares, and on no others."""
     loss, data = subject.as_built(), subject.data(dtype=torch.float32)
-    unknown = [column for column in getattr(loss, "columns", ()) if not isinstance(column, str)]
-    if unknown:
-        fail(f"`columns` holds {unknown!r}; it names data-set columns")
     try:
         batch, outputs = data.build(loss)
         loss(batch, outputs)
@@ -98,12 +93,16 @@ def returns(subject: Subject) -> None:
         data = subject.data(dtype=dtype)
         _require_loss(loss, data, dtype)
         if "rewards" in loss.requires:
-            unscored = data.items["rewards"].clone()
-            unscored[0, 0] = torch.nan
-            _require_loss(loss, dataclasses.replace(data, items=data.items | {"rewards": unscored}), dtype, _UNSCORED)
+            _require_loss(loss, _with_an_unscored_completion(data), dtype, _UNSCORED)
 
 
 _UNSCORED = ", where a reward function left a completion unscored (NaN),"
+
+
+def _with_an_unscored_completion(data: Data) -> Data:
+    rewards = data.items["rewards"].clone()
+    rewards[0, 0] = torch.nan
+    return dataclasses.replace(data, items=data.items | {"rewards": rewards})
 
 
 def _require_loss(loss: Loss, data: Data, dtype: torch.dtype, where: str = "") -> None:

@@ -15,7 +15,7 @@ from ...reductions import evaluate, reduce_loss
 from ...types import Metric, ModelOutputs
 from ..check import check, fail, require_equal
 from ..host_syncs import HostSync, HostSyncDetector
-from ..runs import begin, take_step
+from ..runs import take_step
 from ..subject import Subject
 
 
@@ -29,7 +29,7 @@ def no_host_sync(subject: Subject) -> None:
     """The loss never makes the host wait for the device, and prints nothing."""
     data = subject.data(dtype=torch.float32)
     loss = subject.as_built()
-    begin(loss, steps=8)
+    loss.begin_run(8)
     moved = data.to("meta")
     batch, outputs = moved.build(loss, data.denominators())  # `prepare` may wait, once a generation batch
     denominators = {name: value for name, value in vars(batch.denominators).items() if isinstance(value, Tensor)}
@@ -45,9 +45,7 @@ def no_host_sync(subject: Subject) -> None:
                 value = reduce_loss(loss, raw, batch)
                 if mode == "training":
                     moved.gradients(loss, value)
-                    for part in loss.tree():
-                        part.move_to_step(3)
-                        part.on_step_begin(3)
+                    loss.begin_step(3)
     except HostSync as error:
         fail(str(error))
     except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
@@ -150,7 +148,7 @@ def state(subject: Subject) -> None:
     """A loss that is rebuilt from its `state_dict` goes on exactly as the first, and evaluation does not move it."""
     data = [subject.data(seed=seed) for seed in range(6)]
     loss = subject.build()
-    begin(loss, steps=len(data))
+    loss.begin_run(len(data))
     for step in range(3):
         take_step(loss, data[step], step)
     saved = copy.deepcopy(loss.state_dict())
@@ -163,7 +161,7 @@ def state(subject: Subject) -> None:
 
     resumed = subject.build()
     resumed.load_state_dict(saved)
-    begin(resumed, steps=len(data), done=3)
+    resumed.begin_run(len(data), done=3)
     copied = copy.deepcopy(loss)
     for step in range(3, len(data)):
         expected = take_step(loss, data[step], step)
