@@ -10,10 +10,12 @@ from torch import Tensor
 from trl_custom_losses import LossConfigError, LossFunctionRegistry
 from trl_custom_losses.losses.policy import DynamicGRPOLoss
 from trl_custom_losses.losses.policy.dynamic_grpo import form_groups
-from trl_custom_losses.losses.policy.similarity import cosines
+from trl_custom_losses.losses.policy.similarity import VectorSimilarities
 from trl_custom_losses.reductions import reduce_loss
 from trl_custom_losses.testing import Data, random_data
 from trl_custom_losses.testing.ranks import prepared_on_ranks
+
+from .similarity_tools import GivenSimilarities, matrix
 
 
 def _similarity(size: int, pairs: dict[tuple[int, int], float]) -> Tensor:
@@ -25,7 +27,11 @@ def _similarity(size: int, pairs: dict[tuple[int, int], float]) -> Tensor:
 
 
 def _grouped(similarity: Tensor, largest: int = 10, threshold: float = 0.8) -> list[int]:
-    return form_groups(similarity, similarity >= threshold, largest).tolist()
+    return form_groups(GivenSimilarities(similarity), threshold, largest).tolist()
+
+
+def _cosines(vectors: Tensor) -> Tensor:
+    return matrix(VectorSimilarities(vectors))
 
 
 def _sets(groups: list[int]) -> set[frozenset[int]]:
@@ -87,7 +93,7 @@ def _random_vectors(seed: int) -> Tensor:
 def test_each_response_is_in_one_group_around_a_leader_and_none_is_too_large(
     seed: int, largest: int, threshold: float
 ) -> None:
-    similarity = cosines(_random_vectors(seed))
+    similarity = _cosines(_random_vectors(seed))
     groups = _grouped(similarity, largest, threshold)
     assert len(groups) == similarity.size(0)
     assert set(groups) == set(range(max(groups) + 1))
@@ -103,7 +109,7 @@ def test_each_response_is_in_one_group_around_a_leader_and_none_is_too_large(
 def test_groups_do_not_depend_on_the_order_of_responses(seed: int) -> None:
     vectors = _random_vectors(seed)
     order = torch.randperm(vectors.size(0), generator=torch.Generator().manual_seed(seed))
-    straight, shuffled = _grouped(cosines(vectors), 3), _grouped(cosines(vectors[order]), 3)
+    straight, shuffled = _grouped(_cosines(vectors), 3), _grouped(_cosines(vectors[order]), 3)
     assert _sets(straight) == {frozenset(order[list(members)].tolist()) for members in _sets(shuffled)}
 
 
@@ -113,7 +119,7 @@ def test_groups_do_not_depend_on_noise(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     vectors = torch.randn(4, 32, generator=generator).repeat(4, 1)
     noisy = vectors * (1 + 1e-6 * torch.randn(16, 32, generator=generator))
-    assert _grouped(cosines(noisy), 3) == _grouped(cosines(vectors), 3)
+    assert _grouped(_cosines(noisy), 3) == _grouped(_cosines(vectors), 3)
 
 
 # Advantages

@@ -8,8 +8,15 @@ import torch
 from torch import Tensor
 
 from trl_custom_losses import LossConfigError, Rollout
-from trl_custom_losses.losses.policy.similarity import check_embedding, cosines, similarities, state_distance
+from trl_custom_losses.losses.policy.similarity import (
+    VectorSimilarities,
+    check_embedding,
+    state_distance,
+)
+from trl_custom_losses.losses.policy.similarity import similarities as similarities_of
 from trl_custom_losses.testing import random_data
+
+from .similarity_tools import matrix
 
 _HERE = f"{__name__}:"
 
@@ -40,6 +47,14 @@ def _rollout(ids: list[list[int]], mask: list[list[int]] | None = None) -> Rollo
     if mask is not None:
         rows["mask"] = torch.tensor(mask)
     return data.with_rows(**rows).rollout()
+
+
+def cosines(vectors: Tensor) -> Tensor:
+    return matrix(VectorSimilarities(vectors))
+
+
+def similarities(rollout: Rollout, embedding: str, max_ngram: int) -> Tensor:
+    return matrix(similarities_of(rollout, embedding, max_ngram))
 
 
 def _bag(ids: list[int], longest: int) -> Counter:

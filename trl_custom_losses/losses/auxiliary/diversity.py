@@ -9,7 +9,7 @@ from torch import Tensor
 from ...base import Metrics, PolicyLoss
 from ...registry import LossFunctionRegistry
 from ...types import ModelOutputs, PolicyBatch, Rollout
-from ..policy.similarity import cosines, state_distance
+from ..policy.similarity import VectorSimilarities, nearest_within, state_distance
 
 
 @LossFunctionRegistry.register("diversity")
@@ -40,14 +40,11 @@ class DiversityLoss(PolicyLoss):
         states = rollout.gather(own)
         scored = rollout.gather((rollout.mask > 0).any(dim=1)).cpu()
         prompts = rollout.group_ids.cpu()
-        others = (prompts.unsqueeze(0) == prompts.unsqueeze(1)).fill_diagonal_(False)
-        others &= scored.unsqueeze(0) & scored.unsqueeze(1)
-        nearest = cosines(states).masked_fill(~others, -torch.inf).argmax(dim=1)  # the first of the largest
-        local = rollout.local
-        return {
-            "nearest": states[nearest[local].to(states.device)],
-            "has_nearest": others.any(dim=1)[local].to(states.device),
-        }
+        # What is not scored is by itself.
+        by_itself = prompts.max() + 1 + torch.arange(prompts.numel())
+        nearest = nearest_within(VectorSimilarities(states), torch.where(scored, prompts, by_itself))
+        nearest = nearest[rollout.local].to(states.device)
+        return {"nearest": states[nearest.clamp(min=0)], "has_nearest": nearest >= 0}
 
     def forward(self, batch: PolicyBatch, model_outputs: ModelOutputs) -> tuple[Tensor, Metrics]:
         distance = state_distance(model_outputs.pooled_hidden, batch["nearest"])

@@ -12,6 +12,7 @@ from ...hyperparameters import check_choice
 from ...registry import LossFunctionRegistry
 from ...types import ModelOutputs, PolicyBatch, Rollout
 from .group_advantages import SimilarityAdvantageLoss, weighted_rewards
+from .similarity import sums_within
 
 NegativeRewards = Literal["divide", "multiply"]
 
@@ -52,8 +53,7 @@ class DRAGRPOLoss(SimilarityAdvantageLoss):
 
     def prepare(self, rollout: Rollout) -> dict[str, Tensor]:
         prompts = rollout.group_ids.cpu()
-        same_prompt = (prompts.unsqueeze(0) == prompts.unsqueeze(1)).fill_diagonal_(False)
-        redundancy = 1 + (self.similarities(rollout).clamp(min=0) * same_prompt).sum(dim=1)
+        redundancy = 1 + sums_within(self.similarities(rollout), prompts)
         rewards = weighted_rewards(rollout)
         adjusted = rewards / redundancy
         if self.negative_rewards == "multiply":

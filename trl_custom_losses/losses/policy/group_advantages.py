@@ -11,7 +11,7 @@ from ...errors import LossConfigError
 from ...hyperparameters import check_choice, check_range
 from ...types import Rollout
 from .grpo import GRPOLoss
-from .similarity import check_embedding, similarities
+from .similarity import Similarities, check_embedding, similarities
 
 ScaleRewards = Literal["group", "batch", "none"]
 Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
@@ -111,8 +111,8 @@ class SimilarityAdvantageLoss(GRPOLoss):
         if embedding == "hidden":
             self.rollout_requires = frozenset({"pooled_hidden"})
 
-    def similarities(self, rollout: Rollout) -> Tensor:
-        """Cosine similarities between the completions of all ranks, (N, N), float64 on the host."""
+    def similarities(self, rollout: Rollout) -> Similarities:
+        """Cosine similarities between the completions of all ranks."""
         return similarities(rollout, self.embedding, self.max_ngram)
 
     def advantages(self, rollout: Rollout, rewards: Tensor, groups: Tensor) -> Tensor:
