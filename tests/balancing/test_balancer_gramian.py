@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_custom_losses import Denominators, ModelOutputs
-from trl_custom_losses.balancing.gramian import gramian_of
+from trl_custom_losses.balancing.gramian import gramian_of, step_gramian
 from trl_custom_losses.testing import Data, random_data
 from trl_custom_losses.types import gradients_of
 
@@ -67,6 +67,29 @@ def test_products_copy_no_gradient() -> None:
             gramian_of([[gradient] for gradient in gradients])
         assert 1 <= max(largest) <= bound
         largest.clear()
+
+
+def test_a_tensor_that_a_loss_does_not_reach_costs_nothing() -> None:
+    """Logits of a second pass, which few losses read, are as large as the first ones."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(2, 9, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2))
+    outputs = ModelOutputs(per_token_logps=x[:, :4], mask=torch.ones(2, 4), logits=x, second_logits=y)
+    losses = [(x**2).sum(), (x**3).sum(), (x * y).sum(), torch.ones(())]
+    assert [[part is None for part in outputs.slopes(loss)] for loss in losses] == [[0, 1], [0, 1], [0, 0], [1, 1]]
+    batch, _ = random_data("preference").build(balanced("upgrad", "sigmoid", "sft"))
+    made = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made.append(function)
+            return function(*args, **kwargs or {})
+
+    with Watching():
+        found = step_gramian(losses, batch, outputs)
+    assert torch.ops.aten.zeros_like.default not in made
+    torch.testing.assert_close(found[:3, :3], explicit_gramian(losses[:3], [x, y]))
+    assert not found[3].any() and not found[:, 3].any()
+    assert not step_gramian([torch.ones(()), torch.ones(())], batch, outputs).any()
 
 
 @pytest.mark.parametrize("fields", [("per_token_logps",), ("per_token_logps", "entropies"), ("pooled_hidden",)])

@@ -100,8 +100,8 @@ def test_cosines_are_those_of_balancing_and_weights_those_in_force(source: str) 
 
 def test_other_steps_and_evaluation_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     run, asked = Run(two(), every=3), []
-    plain = ModelOutputs.gradients
-    monkeypatch.setattr(ModelOutputs, "gradients", lambda self, loss: asked.append(1) or plain(self, loss))
+    plain = ModelOutputs.slopes
+    monkeypatch.setattr(ModelOutputs, "slopes", lambda self, loss: asked.append(1) or plain(self, loss))
     for number in range(1, 8):
         found = run.step(one_pair())
         assert bool(found) == (number % 3 == 0), number

@@ -21,19 +21,22 @@ _WIDENED = 2**20
 _LONGEST = 2**30
 
 
-def gramian_of(gradients: Sequence[Sequence[Tensor]]) -> Tensor:
+def gramian_of(gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
     """Inner products between the gradients of m losses, (m, m), in float32 or better.
 
     Args:
-        gradients: Of each loss, with respect to the same tensors.
+        gradients: Of each loss, with respect to the same tensors; None for 0, but not for all of them.
     """
-    products = []
+    size, products = len(gradients), []
     for parts in zip(*gradients, strict=True):  # one tensor, all losses
-        flat = [part.flatten() for part in parts]
+        flat = {index: part.flatten() for index, part in enumerate(parts) if part is not None}
+        if not flat:
+            continue
         # Pair by pair: a matrix product needs a copy of all, and rounds to less where TF32 or autocast is on.
-        found = {(i, j): _dot(flat[i], flat[j]) for i in range(len(flat)) for j in range(i, len(flat))}
-        every = itertools.product(range(len(flat)), repeat=2)
-        products.append(torch.stack([found[min(pair), max(pair)] for pair in every]).view(len(flat), -1))
+        found = {(i, j): _dot(flat[i], flat[j]) for i in flat for j in flat if i <= j}
+        nothing = next(iter(found.values())).new_zeros(())
+        every = itertools.product(range(size), repeat=2)
+        products.append(torch.stack([found.get((min(pair), max(pair)), nothing) for pair in every]).view(size, size))
     return torch.stack(products).sum(0)
 
 
@@ -60,7 +63,10 @@ def step_gramian(
         batch: Its denominators tell what becomes of the contributions.
         outputs: That they were computed from, with at least one anchor.
     """
-    return gramian_of([outputs.gradients(part) for part in contributions]) * batch.denominators.step_fraction**2
+    gradients: list[list[Tensor | None]] = [outputs.slopes(part) for part in contributions]
+    if all(gradient is None for each in gradients for gradient in each):
+        gradients = [outputs.gradients(part) for part in contributions]
+    return gramian_of(gradients) * batch.denominators.step_fraction**2
 
 
 def cosines(names: Sequence[str], gramian: Tensor) -> dict[str, float]:

@@ -45,6 +45,7 @@ from .common import (
     TokenReduction,
     gradients_of,
     masked_sum,
+    slopes_of,
 )
 from .outputs import ModelOutputs
 from .rollout import Rollout
@@ -63,4 +64,5 @@ __all__ = [
     "TokenReduction",
     "gradients_of",
     "masked_sum",
+    "slopes_of",
 ]

@@ -122,14 +122,18 @@ def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     return values.masked_fill(mask == 0, 0).sum(dim=-1)
 
 
-def gradients_of(loss: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of `loss`, 0 where it does not depend on a tensor; the graph stays.
+def slopes_of(loss: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients of `loss`, None where it does not depend on a tensor; the graph stays.
 
     Args:
         loss: Scalar.
         tensors: That it was computed from.
     """
-    found: Sequence[Tensor | None] = [None] * len(tensors)
-    if loss.requires_grad and tensors:
-        found = torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, found, strict=True)]
+    if not loss.requires_grad or not tensors:
+        return [None] * len(tensors)
+    return list(torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True))
+
+
+def gradients_of(loss: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """As `slopes_of`, with zeros in place of None."""
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, slopes_of(loss, tensors), strict=True)]

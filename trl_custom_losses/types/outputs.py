@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import MissingFieldError
 from ..fields import ExplainsMissingFields, optional
-from .common import gradients_of, masked_sum
+from .common import masked_sum, slopes_of
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -82,8 +82,8 @@ class ModelOutputs(ExplainsMissingFields):
         found = [getattr(self, name) for name in (*names, "pooled_hidden") if self.has(name)]
         return [tensor for tensor in found if tensor.requires_grad]
 
-    def gradients(self, loss: Tensor) -> list[Tensor]:
-        """Gradients of `loss` with respect to the anchors, 0 where it does not depend on one; the graph stays.
+    def slopes(self, loss: Tensor) -> list[Tensor | None]:
+        """Gradients of `loss` with respect to the anchors, None where it does not depend on one; the graph stays.
 
         At masked positions log-probabilities and entropies do not reach the model, so that their gradients are 0 there,
         however the loss treats such positions.
@@ -94,9 +94,14 @@ class ModelOutputs(ExplainsMissingFields):
         anchors = self.anchors()
         masked = [id(getattr(self, name)) for name in ("per_token_logps", "entropies") if self.has(name)]
         return [
-            gradient.masked_fill(self.mask == 0, 0) if id(anchor) in masked else gradient
-            for anchor, gradient in zip(anchors, gradients_of(loss, anchors), strict=True)
+            gradient if gradient is None or id(anchor) not in masked else gradient.masked_fill(self.mask == 0, 0)
+            for anchor, gradient in zip(anchors, slopes_of(loss, anchors), strict=True)
         ]
+
+    def gradients(self, loss: Tensor) -> list[Tensor]:
+        """As `slopes`, with zeros in place of None."""
+        pairs = zip(self.anchors(), self.slopes(loss), strict=True)
+        return [torch.zeros_like(anchor) if gradient is None else gradient for anchor, gradient in pairs]
 
     @property
     def lengths(self) -> Tensor:

@@ -32,6 +32,8 @@ class UPGrad(Aggregator):
         self.reg_eps = check_range("reg_eps", reg_eps, above=0, below=1)
 
     def weights(self, gramian: Tensor, step: int) -> Tensor:
+        if (gramian >= 0).all():  # no conflict
+            return torch.ones(len(gramian), dtype=gramian.dtype)
         identity = torch.eye(len(gramian), dtype=gramian.dtype)
         regular = gramian + self.reg_eps * identity
         # With v = e_i + x the constraint becomes x >= 0 and the linear term row i.

@@ -41,6 +41,5 @@ class CISPOLoss(ImportanceWeightedLoss):
         _, cap = clip_bounds(self.epsilon, self.epsilon_high)
         loss = -torch.clamp(ratio, max=cap) * batch.advantages * model_outputs.per_token_logps
         clipped = ((ratio > cap) & (batch.advantages > 0)).float()
-        capped = (ratio > cap) & (batch.advantages != 0)
-        metrics = self.clipped_sequences(capped, batch, model_outputs)
+        metrics = self.clipped_sequences(lambda: (ratio > cap) & (batch.advantages != 0), batch, model_outputs)
         return loss, {"cispo_clip_ratio": Metric(clipped, per="micro_batch"), **metrics}

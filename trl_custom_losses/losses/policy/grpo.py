@@ -56,9 +56,13 @@ class GRPOLoss(ImportanceWeightedLoss):
         with torch.no_grad():
             low_clipped = ((ratio < low) & (batch.advantages < 0)).float()
             high_clipped = ((ratio > high) & (batch.advantages > 0)).float()
-            # Where the loss no longer follows the ratio: beyond `top` for A > 0, below `low` or beyond `cap` for A < 0.
+
+        def held() -> Tensor:
+            """Where the loss no longer follows the ratio: past `top` for A > 0, below `low` or past `cap` for A < 0."""
             top, cap = (high, torch.inf) if self.delta is None else (min(high, self.delta), max(high, self.delta))
-            held = torch.where(batch.advantages > 0, free > top, (free < low) | (free > cap)) & (batch.advantages != 0)
+            past = torch.where(batch.advantages > 0, free > top, (free < low) | (free > cap))
+            return past & (batch.advantages != 0)
+
         return loss, {
             **self.clipped_sequences(held, batch, model_outputs),
             "clip_ratio/low_mean": Metric(low_clipped, per="micro_batch"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor
@@ -39,18 +40,21 @@ class ImportanceWeightedLoss(PolicyLoss):
         """log w, (B, T) or (B, 1), nats, with gradient."""
         return log_importance_weights(outputs, self.importance_sampling_level)
 
-    def clipped_sequences(self, clipped: Tensor, batch: PolicyBatch, outputs: ModelOutputs) -> dict[str, Metric]:
+    def clipped_sequences(
+        self, is_clipped: Callable[[], Tensor], batch: PolicyBatch, outputs: ModelOutputs
+    ) -> dict[str, Metric]:
         """`clipped_sequences`, which sequences have a token that is clipped, where gradients are watched; else nothing.
 
         Args:
-            clipped: Whether the clip acts, on each token or sequence, (B, T) or (B, 1), bool.
+            is_clipped: Tells, when it is asked for, whether the clip acts, on each token or sequence, (B, T) or (B, 1),
+                bool.
             batch: On tokens that its off-policy and high-entropy masks or vLLM ratios drop, nothing acts; they are not
                 clipped.
             outputs: Its mask tells which tokens count; a sequence without any does not.
         """
         if not self.watching:
             return {}
-        scored = outputs.mask > 0
+        scored, clipped = outputs.mask > 0, is_clipped()
         for factor in batch.modifiers(self):
             clipped = clipped & (factor > 0)
         return {"clipped_sequences": Metric((clipped & scored).any(1).float(), mask=scored.any(1))}

@@ -132,5 +132,5 @@ class _HalvesOutputs(ModelOutputs):
     def anchors(self) -> list[Tensor]:
         return self.policy.anchors()
 
-    def gradients(self, loss: Tensor) -> list[Tensor]:
-        return self.policy.gradients(loss)
+    def slopes(self, loss: Tensor) -> list[Tensor | None]:
+        return self.policy.slopes(loss)
