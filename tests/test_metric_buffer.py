@@ -191,15 +191,48 @@ def test_reducing_starts_anew_and_nothing_needs_no_collective() -> None:
     assert not buffer
 
 
-def test_ranks_agree_on_what_they_exchange_before_they_do() -> None:
-    sizes = []
+@pytest.mark.parametrize(("metrics", "sizes"), [(1, [2048]), (1023, [2048]), (1024, [2048, 2]), (3000, [2048, 3954])])
+def test_ranks_exchange_once_unless_there_is_much(metrics: int, sizes: list[int]) -> None:
+    exchanged: list[Tensor] = []
 
     def gather(packed: Tensor) -> Tensor:
-        sizes.append(packed.numel())
-        return packed
+        exchanged.append(packed)
+        return torch.cat((packed, packed))
 
-    _buffer({f"m{i}": (1.0, 1.0, "log", "mean") for i in range(100)}).reduce(gather)
-    assert sizes == [2, 200]
+    values = {f"m{i:04}": (float(i), 2.0, "log", "mean") for i in range(metrics)}
+    found = _buffer(values).reduce(gather)
+    assert [packed.numel() for packed in exchanged] == sizes
+    assert found == {name: value / 2 for name, (value, *_) in values.items()}
+
+
+def test_ranks_with_more_metrics_than_fit_at_once_are_told_apart() -> None:
+    ranks = [
+        _buffer({f"{name}{i}": (1.0, 1.0, "log", "mean") for i in range(1500 + rank)})
+        for rank, name in [(0, "m"), (1, "m")]
+    ]
+    with pytest.raises(RuntimeError, match="different metrics"):
+        _reduce_over_ranks(*ranks)
+
+
+def test_numbers_and_tensors_of_any_kind_keep_their_places() -> None:
+    metrics = {
+        "a": (torch.tensor(3), 2.0, "log", "mean"),
+        "b": (5.0, torch.tensor([4.0]), "log", "mean"),
+        "c": (torch.tensor(True), torch.tensor(2, dtype=torch.int32), "log", "mean"),
+        "d": (6.0, 3, "log", "mean"),
+        "e": (torch.tensor(0.1, dtype=torch.float64), torch.tensor(1.0), "log", "mean"),
+    }
+    wanted = {"a": 1.5, "b": 1.25, "c": 0.5, "d": 2.0, "e": 0.1}
+    buffer = MetricBuffer()
+    for _ in range(3):
+        buffer.add(metrics)
+    assert buffer.reduce(_alone) == pytest.approx(wanted, rel=1e-15)
+    # What one rank knows as a number may be a tensor on another.
+    other = MetricBuffer()
+    other.add({name: tuple(torch.as_tensor(part) for part in parts[:2]) + parts[2:] for name, parts in metrics.items()})
+    one = MetricBuffer()
+    one.add(metrics)
+    assert _reduce_over_ranks(one, other) == [pytest.approx(wanted)] * 2
 
 
 def test_much_is_reduced_early_and_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +253,7 @@ def test_values_are_detached_and_stay_on_the_device() -> None:
     value = torch.tensor(2.0, requires_grad=True) * 1
     buffer = MetricBuffer()
     buffer.add({"x": (value, 1.0, "log", "mean")})
-    assert not buffer._rows[0][1].requires_grad
+    assert not buffer._rows[0].tensors.requires_grad
 
 
 @pytest.mark.parametrize(

@@ -41,19 +41,22 @@ class HostSyncDetector(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        what = _waits(func, args, kwargs)
+        on_device = any(tensor.device.type != "cpu" for tensor in tensors_of(args, kwargs))
+        what = what_waits(func, args, kwargs) if on_device else ""
         if what:
             self.found = self.found or HostSync(f"{what} waits for the device (at {_calling_line()})")
             raise self.found
         return func(*args, **kwargs)
 
 
-def _waits(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> str:
-    """What a call waits for, or nothing."""
+def tensors_of(args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors among a call's arguments."""
+    return [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+
+
+def what_waits(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> str:
+    """What a call waits for if its tensors are on a device, or nothing."""
     name = getattr(func, "__name__", "")
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    if not any(tensor.device.type != "cpu" for tensor in tensors):
-        return ""
     if name in _WAITING:
         return "printing a tensor" if name in ("__repr__", "__str__", "__format__") else f"`{name}`"
     if name == "to" and any(str(value) == "cpu" for value in (*args[1:], *kwargs.values())):
@@ -66,7 +69,7 @@ def _waits(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> str
         number = name == "__setitem__" and (not isinstance(args[2], Tensor) or args[2].dim() == 0)
         if not number and any(isinstance(part, Tensor) and part.dtype is torch.bool for part in index):
             return "indexing with a mask"
-    if name == "repeat_interleave" and len(tensors) > 1 and "output_size" not in kwargs:
+    if name == "repeat_interleave" and len(tensors_of(args, kwargs)) > 1 and "output_size" not in kwargs:
         return "`repeat_interleave` by a tensor"
     return ""
 

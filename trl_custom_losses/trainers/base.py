@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from .column_scores import fill_columns
 from .columns import COLUMN_PREFIX, check_columns
 from .config import build_loss, check_parallelism
 from .forward import check_dropout, find_backbone
+from .fused_head import fitted_head
 from .learned import LearnedParametersCallback, add_to_optimizer, check_trainable, learned_parameters
 from .loss_state import check_state, read_state, share_state, write_state
 from .metric_buffer import MetricBuffer
+from .nonfinite import NonFiniteFlags
 from .resumable import ResumableTrainer
 
 #: What Trainer and TRL log themselves.
@@ -107,7 +110,7 @@ class LossFunctionTrainer(ResumableTrainer):
         """Finish what needs the constructed trainer: device, backbone, metric buffers; announce the loss once."""
         device = self.accelerator.device
         self._buffers = {"train": MetricBuffer(device), "eval": MetricBuffer(device)}
-        self._nonfinite: dict[tuple[str, ...], Tensor] = {}
+        self._nonfinite = NonFiniteFlags()
         self._backbone_module: nn.Module | None = None
         if self.loss_function is None:
             return
@@ -130,7 +133,10 @@ class LossFunctionTrainer(ResumableTrainer):
             check_dropout(self.accelerator.unwrap_model(self.model), self.loss_function.name)
         check_trainable(self.loss_function, self.accelerator, self.lr_scheduler)
         self._check_batch_size()
-        self.add_callback(LossFunctionCallback(self.loss_function, self.accelerator, self._log_step))
+        self._driver = LossFunctionCallback(
+            self.loss_function, self.accelerator, self._log_step, self._raise_if_nonfinite
+        )
+        self.add_callback(self._driver)
         if learned_parameters(self.loss_function):
             self.add_callback(LearnedParametersCallback(self.loss_function, self.accelerator))
         if self.accelerator.is_main_process:
@@ -153,7 +159,10 @@ class LossFunctionTrainer(ResumableTrainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, RunReportCallback) and self.loss_function is not None:
                 callback.loss = inspect.cleandoc(describe(self.loss_function))
-        with monitored(self.callback_handler.callbacks, self.loss_function, self.accelerator, self._log_step):
+        with (
+            monitored(self.callback_handler.callbacks, self.loss_function, self.accelerator, self._log_step),
+            self._fitted_head(),
+        ):
             try:
                 return super().train(*args, **kwargs)
             except BaseException as error:
@@ -161,6 +170,11 @@ class LossFunctionTrainer(ResumableTrainer):
                     if isinstance(callback, RunReportCallback):
                         callback.on_abort(self.args, self.state, error)
                 raise
+
+    def _fitted_head(self) -> AbstractContextManager[None]:
+        if self.loss_function is None:
+            return nullcontext()
+        return fitted_head(self.accelerator.unwrap_model(self.model))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """TRL's, which also trains what the loss learns."""
@@ -225,7 +239,8 @@ class LossFunctionTrainer(ResumableTrainer):
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().evaluation_loop(*args, **kwargs)
+        with self._fitted_head():
+            output = super().evaluation_loop(*args, **kwargs)
         if self.loss_function is not None:
             self._flush_metrics("eval")
         return output
@@ -263,44 +278,45 @@ class LossFunctionTrainer(ResumableTrainer):
 
     # NaN and infinity
 
-    def _stop_on_nonfinite(self, loss: Tensor, metrics: Mapping[str, Any], parts: Mapping[str, Tensor]) -> None:
-        """In training, remember on the device what was not finite; raise before the optimizer moves.
+    def _end_micro_batch(self, loss: Tensor, metrics: Mapping[str, Any], parts: Mapping[str, Tensor]) -> None:
+        """In training, remember on the device what was not finite; with the last micro-batch, tell the other ranks.
 
-        The flags of an optimizer step's micro-batches are read by the host once, at the last of them.
+        Nothing waits here. What the ranks exchange travels during backward, and is read before the optimizer moves.
 
         Args:
             loss: The micro-batch's loss with everything added to it.
             metrics: The loss's own; those of components, `<name>_loss`, tell which one it was.
             parts: What the loss was made of, by name.
         """
-        if not self.model.training or not getattr(self.args, "stop_on_nonfinite_loss", True):
+        if not self.model.training:
             return
-        watched = {"loss": loss} | {
-            name: value for name, value in metrics.items() if name.endswith("_loss") and isinstance(value, Tensor)
-        }
-        watched |= parts
-        # A sum is not finite if any of its terms is not.
-        sums = [tensor.detach().float().sum().to(loss.device) for tensor in watched.values()]
-        flags = ~torch.isfinite(torch.stack(sums))
-        names = tuple(watched)
-        seen = self._nonfinite.get(names)
-        self._nonfinite[names] = flags if seen is None else seen | flags
+        watching = getattr(self.args, "stop_on_nonfinite_loss", True)
+        if watching:
+            self._nonfinite.look(loss, metrics, parts)
         if not self.accelerator.sync_gradients:
             return
-        for names, flags in self._nonfinite.items():
-            if bool(flags[0]):
-                found = [name for name, bad in zip(names, flags.tolist(), strict=True) if bad]
-                self._abandon_step()
-                raise NonFiniteLossError(
-                    f"the loss '{self.loss_function.name}' is not finite at step {self.state.global_step + 1} (rank "
-                    f"{self.accelerator.process_index}). Not finite: {', '.join(found)}. The model was not updated. To "
-                    f"continue in spite of it, set `stop_on_nonfinite_loss=False` in a {self._default_config.__name__}."
-                )
-        self._nonfinite = {}
+        self._driver.exchange(self._nonfinite.alarm() if watching else None)
+        # DeepSpeed moves the optimizer within backward, and a gradient scaler would have to be set back.
+        if self.is_deepspeed_enabled or self.accelerator.scaler is not None:
+            self._raise_if_nonfinite()
+
+    def _raise_if_nonfinite(self) -> None:
+        """Stop, on all ranks, if the loss was not finite on any."""
+        if not self._driver.alarmed():
+            self._nonfinite.clear()
+            return
+        found = self._nonfinite.found() or ["the loss of another rank"]
+        self._abandon_step()
+        raise NonFiniteLossError(
+            f"the loss '{self.loss_function.name}' is not finite at step {self.state.global_step + 1} (rank "
+            f"{self.accelerator.process_index}). Not finite: {', '.join(found)}. The model was not updated. To "
+            f"continue in spite of it, set `stop_on_nonfinite_loss=False` in a {self._default_config.__name__}."
+        )
 
     def _abandon_step(self) -> None:
         """Forget the optimizer step under way, so that training can be started again."""
-        self._nonfinite = {}
+        self._nonfinite.clear()
+        self._driver.forget()
         self._buffers["train"] = MetricBuffer(self.accelerator.device)
         for loss in self.loss_function.tree():
             loss.take_observed()

@@ -77,7 +77,7 @@ class CustomDPOTrainer(LossFunctionTrainer, DPOTrainer):
         masks = [batch["completion_mask"][:, 1:] for batch in batch_samples]
         pairs = sum(mask.size(0) // 2 for mask in masks)
         tokens = torch.stack([torch.stack((mask.sum(), mask[: mask.size(0) // 2].sum())) for mask in masks]).sum(0)
-        counts = torch.cat((tokens.new_tensor([pairs]), tokens)).to(self.accelerator.device, torch.float32)
+        counts = torch.cat((tokens.new_full((1,), pairs), tokens)).to(self.accelerator.device, torch.float32)
         # The Trainer divides by the number of micro-batches, and ranks are averaged: undo both here.
         counts = self.accelerator.reduce(counts, "sum").clamp(min=1) / (len(masks) * self.accelerator.num_processes)
         fraction = 1 / (len(masks) * self.accelerator.num_processes)
@@ -150,7 +150,7 @@ class CustomDPOTrainer(LossFunctionTrainer, DPOTrainer):
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * output.aux_loss
             watched["aux_loss"] = output.aux_loss
-        self._stop_on_nonfinite(loss, metrics, watched)
+        self._end_micro_batch(loss, metrics, watched)
         self._collect(inputs, outputs, output, summarise(self._named(metrics), mask, loss_function.name))
         if return_outputs:  # for `compute_metrics`, which wants the logits that the fused head never builds
             with torch.no_grad():
@@ -198,27 +198,28 @@ class CustomDPOTrainer(LossFunctionTrainer, DPOTrainer):
         """Keep TRL's metrics and the loss's own on the device until something logs."""
         mode = "train" if self.model.training else "eval"
         mask, length = outputs.mask, outputs.mask.size(1)
-        chosen_mask, rejected_mask = mask.chunk(2)
-        mean_logits = output.mean_logits[:, -length:].chunk(2)
+        pairs = mask.size(0) // 2
         found = [getattr(leaf.owner_of("beta"), "beta", None) for leaf in self.loss_function.leaves()]
         beta = next((value for value in found if isinstance(value, (int, float, Tensor))), self.beta)
         with torch.no_grad():
-            chosen_rewards, rejected_rewards = (beta * outputs.log_ratios).chunk(2)
-            chosen_logps, rejected_logps = outputs.logps.chunk(2)
-            correct = output.is_top1[:, -length:][: chosen_mask.size(0)]
-            margins = chosen_rewards - rejected_rewards
-            pairs = float(chosen_rewards.numel())
+            # The chosen ones are the first half: one sum serves both.
+            tokens = mask.unflatten(0, (2, pairs)).sum((1, 2))
+            mean_logits = masked_sum(output.mean_logits[:, -length:], mask).view(2, pairs).sum(1)
+            rewards = (beta * outputs.log_ratios).view(2, pairs)
+            margins = rewards[0] - rewards[1]
+            correct = (output.is_top1[:pairs, -length:] * mask[:pairs]).sum()
+            rewards_of, logps_of = rewards.sum(1), outputs.logps.view(2, pairs).sum(1)
             sums: dict[str, tuple[Tensor, Tensor | float]] = {
-                "entropy": (outputs.entropies.sum(), mask.sum()),
-                "logits/chosen": (masked_sum(mean_logits[0], chosen_mask).sum(), chosen_mask.sum()),
-                "logits/rejected": (masked_sum(mean_logits[1], rejected_mask).sum(), rejected_mask.sum()),
-                "mean_token_accuracy": (masked_sum(correct.float(), chosen_mask).sum(), chosen_mask.sum()),
-                "rewards/chosen": (chosen_rewards.sum(), pairs),
-                "rewards/rejected": (rejected_rewards.sum(), pairs),
-                "rewards/accuracies": ((chosen_rewards > rejected_rewards).float().sum(), pairs),
+                "entropy": (outputs.entropies.sum(), tokens.sum()),
+                "logits/chosen": (mean_logits[0], tokens[0]),
+                "logits/rejected": (mean_logits[1], tokens[1]),
+                "mean_token_accuracy": (correct, tokens[0]),
+                "rewards/chosen": (rewards_of[0], pairs),
+                "rewards/rejected": (rewards_of[1], pairs),
+                "rewards/accuracies": ((rewards[0] > rewards[1]).sum(), pairs),
                 "rewards/margins": (margins.sum(), pairs),
-                "logps/chosen": (chosen_logps.sum(), pairs),
-                "logps/rejected": (rejected_logps.sum(), pairs),
+                "logps/chosen": (logps_of[0], pairs),
+                "logps/rejected": (logps_of[1], pairs),
             }
             if self.aux_loss_enabled:
                 sums["aux_loss"] = (output.aux_loss.detach(), 1.0)

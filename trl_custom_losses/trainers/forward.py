@@ -8,9 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ..errors import LossConfigError
+
+#: Elements, in float32, of what is made in passing of a whole batch's hidden states or logits: 64 MB.
+_IN_PASSING = 2**24
 
 
 class PolicyForward:
@@ -76,15 +80,15 @@ class PolicyForward:
         scored = targets != -100
         log_normaliser = torch.logsumexp(logits, dim=-1)
         chosen = logits.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        log_probs = logits - log_normaliser.unsqueeze(-1)
-        entropy = -(log_probs.exp() * log_probs).sum(-1)
         values = {
             "log_probs": chosen - log_normaliser,
-            "entropy": entropy,
+            "entropy": _entropies(logits),
             "mean_logits": logits.detach().mean(-1),
         }
         if self.log_sum_sq_probs:
-            values["log_sum_sq_probs"] = torch.logsumexp(2 * log_probs.detach(), dim=-1)
+            with torch.no_grad():
+                squares = [torch.logsumexp(2 * part, dim=-1) for part in _by_rows(logits)]
+            values["log_sum_sq_probs"] = torch.cat(squares) - 2 * log_normaliser.detach()
         masked = {name: value.masked_fill(~scored, 0) for name, value in values.items()}
         is_top1 = (logits.detach().argmax(-1) == targets) & scored
         return SimpleNamespace(**masked, is_top1=is_top1, aux_loss=getattr(outputs, "aux_loss", None))
@@ -95,7 +99,8 @@ class PolicyForward:
         outputs = self.model(**kwargs)
         # Prompt-learning adapters prepend positions; the last ones are the tokens that were passed in.
         logits = outputs.logits[:, -labels.size(1) :][:, :-1][:, self.first_position :]
-        return logits.float() / self.temperature, outputs
+        logits = logits.float()
+        return (logits if self.temperature == 1 else logits / self.temperature), outputs  # without a copy if it can be
 
     def hidden_fields(self, completion_mask: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
         """The fields of `ModelOutputs` made of hidden states that the loss required.
@@ -121,8 +126,35 @@ class PolicyForward:
         hidden = self.hidden[:, -mask.size(1) :]
         weights = mask.to(device=hidden.device, dtype=torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):  # which would compute the product in half precision
-            summed = torch.einsum("nlh,nl->nh", hidden.float(), weights)
-        return summed / weights.sum(1, keepdim=True).clamp(min=1)
+            # Half precision is widened some rows at a time, never the whole batch; float32 is not copied.
+            parts = [hidden] if hidden.dtype == torch.float32 else _by_rows(hidden)
+            pairs = zip(parts, weights.split([part.size(0) for part in parts]), strict=True)
+            summed = [torch.einsum("nlh,nl->nh", part.float(), weight) for part, weight in pairs]
+        return torch.cat(summed) / weights.sum(1, keepdim=True).clamp(min=1)
+
+
+def _by_rows(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Views of as many rows at a time as may be worked on in passing; at least one."""
+    return tensor.split(max(1, _IN_PASSING // max(1, tensor[0].numel())))
+
+
+def _entropies(logits: Tensor) -> Tensor:
+    """Entropy of each position, (N, T), nats.
+
+    Its gradient, which most losses do not ask for, computes the probabilities again: kept for it, they would be three
+    times the logits.
+
+    Args:
+        logits: (N, T, V).
+    """
+    return torch.cat(
+        [checkpoint(_entropy, part, use_reentrant=False, preserve_rng_state=False) for part in _by_rows(logits)]
+    )
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    log_probs = logits.log_softmax(-1)
+    return -(log_probs.exp() * log_probs).sum(-1)
 
 
 class RecordingModel:

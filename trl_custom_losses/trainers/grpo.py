@@ -168,7 +168,7 @@ class CustomGRPOTrainer(LossFunctionTrainer, GRPOTrainer):
             loss = loss + self.router_aux_loss_coef * aux_loss / accumulation
             collected["aux_loss"] = (aux_loss.detach(), 1.0, "micro_batch", "mean")
             watched["aux_loss"] = aux_loss
-        self._stop_on_nonfinite(loss, metrics, watched)
+        self._end_micro_batch(loss, metrics, watched)
         collected["entropy"] = self._token_average(outputs.entropies, batch.mask)
         if kl is not None:
             collected["kl"] = self._token_average(kl, batch.mask)

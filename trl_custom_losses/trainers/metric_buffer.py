@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,12 +13,26 @@ from torch import Tensor
 #: Micro-batches that are kept apart before `compact` folds them into running sums.
 _MOST_ROWS = 1024
 
+#: Numbers that ranks exchange at once, their header included; what is more goes in a second exchange.
+_FIRST_EXCHANGE = 2048
 
-@dataclass(frozen=True)
-class _Key:
+
+class _Key(NamedTuple):
     name: str
     per: str
     reduce: str
+
+
+class _Row(NamedTuple):
+    """One micro-batch: for each key a sum and a count, as they came.
+
+    Numbers that the host knows stay there until something logs: a copy to the device would make the host wait.
+    """
+
+    keys: tuple[_Key, ...]
+    tensors: Tensor  # those that are tensors, 1-d, on the device
+    numbers: tuple[float, ...]  # the others
+    order: tuple[int, ...]  # position of each of the former, then of the latter, in key order
 
 
 class MetricBuffer:
@@ -37,7 +51,7 @@ class MetricBuffer:
         self._device = torch.device(device)
         # Token counts outgrow float32, which is all that mps has.
         self._dtype = torch.float32 if self._device.type == "mps" else torch.float64
-        self._rows: list[tuple[tuple[_Key, ...], Tensor]] = []
+        self._rows: list[_Row] = []
         self._totals: dict[str, list[float]] = {}  # name -> sum, count
         self._exponentials: set[str] = set()  # names of `_totals`
         self._means: dict[str, list[float]] = {}  # name -> sum of micro-batches' values, their number
@@ -55,14 +69,20 @@ class MetricBuffer:
         if not metrics:
             return
         keys = tuple(_Key(name, per, reduce) for name, (_, _, per, reduce) in sorted(metrics.items()))
+        flat = [part for key in keys for part in metrics[key.name][:2]]
+        kinds: dict[torch.dtype, list[int]] = {}  # tensors of a kind are stacked without converting each
+        for index, part in enumerate(flat):
+            if isinstance(part, Tensor):
+                kinds.setdefault(part.dtype, []).append(index)
+        known = [index for index, part in enumerate(flat) if not isinstance(part, Tensor)]
+        with torch.no_grad():
+            stacked = [self._stack([flat[index] for index in indices]) for indices in kinds.values()]
+            tensors = torch.cat(stacked) if stacked else torch.empty(0, device=self._device, dtype=self._dtype)
+        order = (*(index for indices in kinds.values() for index in indices), *known)
+        self._rows.append(_Row(keys, tensors, tuple(float(flat[index]) for index in known), order))
 
-        def scalar(value: Tensor | float) -> Tensor:
-            if isinstance(value, Tensor):
-                return value.detach().to(device=self._device, dtype=self._dtype).reshape(())
-            return torch.full((), value, device=self._device, dtype=self._dtype)
-
-        flat = [scalar(part) for key in keys for part in metrics[key.name][:2]]
-        self._rows.append((keys, torch.stack(flat)))
+    def _stack(self, scalars: Sequence[Tensor]) -> Tensor:
+        return torch.stack([value.reshape(()).to(self._device) for value in scalars]).to(self._dtype)
 
     def compact(self, gather: Callable[[Tensor], Tensor]) -> None:
         """Reduce early if much has been collected, so that a run that never logs does not grow. Every rank calls it."""
@@ -90,18 +110,43 @@ class MetricBuffer:
         rows, self._rows = self._rows, []
         if not rows:
             return
-        layouts = [keys for keys, _ in rows]
-        values = torch.cat([row for _, row in rows])
-        # Ranks first agree on what they will exchange: a collective of unequal sizes would crash or hang.
-        header = values.new_tensor([zlib.crc32(repr(layouts).encode()) % 2**24, values.numel()])
-        headers = gather(header).reshape(-1, 2)
+        layouts = [row.keys for row in rows]
+        values = self._in_order(rows)
+        # Ranks first agree on what they exchange: a collective of unequal sizes would crash or hang. So the first one,
+        # mostly the only one, has the same size everywhere.
+        header = [float(zlib.crc32(repr(layouts).encode()) % 2**24), float(values.numel())]
+        first = values.new_zeros(_FIRST_EXCHANGE)
+        first[:2] = values.new_tensor(header)
+        at_once = min(values.numel(), _FIRST_EXCHANGE - 2)
+        first[2 : 2 + at_once] = values[:at_once]
+        received = gather(first).reshape(-1, _FIRST_EXCHANGE).cpu()
+        headers = received[:, :2]
         if (headers != headers[0]).any():
             names = sorted({key.name for keys in layouts for key in keys})
             raise RuntimeError(
                 "ranks logged different metrics; a loss must return the same metric names on every rank and "
                 f"micro-batch. This rank: {names}"
             )
-        self._combine(layouts, gather(values).reshape(-1, values.numel()).cpu())
+        received = received[:, 2 : 2 + at_once]
+        if at_once < values.numel():
+            rest = gather(values[at_once:]).reshape(received.size(0), -1).cpu()
+            received = torch.cat((received, rest), dim=1)
+        self._combine(layouts, received)
+
+    def _in_order(self, rows: Sequence[_Row]) -> Tensor:
+        """Sums and counts of all rows in the order of their keys, 1-d."""
+        numbers = torch.tensor([number for row in rows for number in row.numbers], dtype=self._dtype)
+        together = torch.cat([*(row.tensors for row in rows), numbers.to(self._device)])
+        places = torch.empty(together.numel(), dtype=torch.long)
+        of_tensor, of_number = 0, together.numel() - numbers.numel()
+        start = 0
+        for row in rows:
+            here = row.tensors.numel()
+            order = torch.tensor(row.order) + start
+            places[order[:here]] = torch.arange(of_tensor, of_tensor + here)
+            places[order[here:]] = torch.arange(of_number, of_number + len(row.numbers))
+            of_tensor, of_number, start = of_tensor + here, of_number + len(row.numbers), start + len(row.order)
+        return together[places.to(self._device)]
 
     def _combine(self, layouts: list[tuple[_Key, ...]], gathered: Tensor) -> None:
         """Fold what was gathered, (ranks, 2 x metrics of all micro-batches), into the running sums."""
