@@ -1,4 +1,4 @@
-"""Write the tables of losses and of checks into the README, from the registry and the conformance kit.
+"""Write tables into the README: losses from the registry, checks from the conformance kit, speed from the benchmarks.
 
     python scripts/update_readme.py [--check]
 
@@ -8,14 +8,18 @@ With --check nothing is written; the exit status is 1 if a table is out of date.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from trl_custom_losses.cards import markdown_table
 from trl_custom_losses.testing import CHECKS
 
 README = Path(__file__).parents[1] / "README.md"
+RESULTS = Path(__file__).parent / "benchmark_results" / "cpu"
+#: Cases of the benchmarks in the README's order.
+SHOWN = ("trainers", "ddp", "counts", "components", "engines", "grouping", "imports")
 
 
 def table_of_checks() -> str:
@@ -24,7 +28,27 @@ def table_of_checks() -> str:
     return "\n".join(["| check | what holds for a loss that passes |", "|---|---|", *rows])
 
 
-TABLES: dict[str, Callable[[], str]] = {"losses": markdown_table, "checks": table_of_checks}
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table; the first row is its header."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def tables_of_benchmarks() -> str:
+    """What `scripts/benchmark.py` last measured into `scripts/benchmark_results/cpu`, and how."""
+    found = [json.loads((RESULTS / f"{case}.json").read_text()) for case in SHOWN]
+    parts = [f"**{one['title']}** ({one['date']})\n\n{markdown(one['table'])}" for one in found]
+    about = f"{found[0]['hardware']}; torch {found[0]['environment']['packages']['torch']}, " + ", ".join(
+        f"{name} {found[0]['environment']['packages'][name]}" for name in ("trl", "transformers")
+    )
+    return "\n\n".join([*parts, f"{about}. Commands, dates and every figure's quartiles are in the JSON files."])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "losses": markdown_table,
+    "checks": table_of_checks,
+    "benchmarks": tables_of_benchmarks,
+}
 
 
 def with_tables(text: str) -> str:
