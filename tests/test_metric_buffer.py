@@ -191,7 +191,7 @@ def test_reducing_starts_anew_and_nothing_needs_no_collective() -> None:
     assert not buffer
 
 
-@pytest.mark.parametrize(("metrics", "sizes"), [(1, [2048]), (1023, [2048]), (1024, [2048, 2]), (3000, [2048, 3954])])
+@pytest.mark.parametrize(("metrics", "sizes"), [(1, [4096]), (2047, [4096]), (2048, [4096, 2]), (3000, [4096, 1906])])
 def test_ranks_exchange_once_unless_there_is_much(metrics: int, sizes: list[int]) -> None:
     exchanged: list[Tensor] = []
 
@@ -207,7 +207,7 @@ def test_ranks_exchange_once_unless_there_is_much(metrics: int, sizes: list[int]
 
 def test_ranks_with_more_metrics_than_fit_at_once_are_told_apart() -> None:
     ranks = [
-        _buffer({f"{name}{i}": (1.0, 1.0, "log", "mean") for i in range(1500 + rank)})
+        _buffer({f"{name}{i}": (1.0, 1.0, "log", "mean") for i in range(2500 + rank)})
         for rank, name in [(0, "m"), (1, "m")]
     ]
     with pytest.raises(RuntimeError, match="different metrics"):

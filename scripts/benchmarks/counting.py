@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,7 +37,11 @@ _COLLECTIVES = (
     "reduce_scatter_tensor",
     "scatter",
 )
-_PACKAGES = ("trl_custom_losses", "trl", "transformers", "accelerate")
+#: Folder of each package that may ask.
+_PACKAGES = {
+    name: f"{Path(import_module(name).__file__).parent}{os.sep}"
+    for name in ("trl_custom_losses", "trl", "transformers", "accelerate")
+}
 #: Attribute of tensors that would be in the host's memory.
 _ON_HOST = "_benchmark_on_host"
 _SKIPPED = (str(Path(torch.__file__).parent), __file__)
@@ -44,7 +50,8 @@ _SKIPPED = (str(Path(torch.__file__).parent), __file__)
 class HostSyncCounter(TorchFunctionMode):
     """Counts where the host would wait if the tensors of a training on the CPU were on an accelerator.
 
-    Copies of numbers to the device are counted too: `torch.tensor(..., device=)` and `new_tensor` wait. What
+    Copies to the device are counted too, where they are not `non_blocking`: `to`, `torch.tensor(..., device=)` and
+    `new_tensor` wait. What
     `SumOverRanks`, `cpu()` or `to("cpu")` have brought to the host is in the host's memory: reading it, and what is
     computed from it, waits for nothing more. The waits of `SumOverRanks` for its event are counted as `events`.
     """
@@ -69,11 +76,16 @@ class HostSyncCounter(TorchFunctionMode):
         else:  # made from nothing, where torch's default device is the host
             on_host = not to_device
         what = "" if on_host or self.paused else self._waits(func, args, kwargs, to_host)
+        copied = to_device and tensors and all(getattr(tensor, _ON_HOST, False) for tensor in tensors)
+        if copied and not kwargs.get("non_blocking") and getattr(func, "__name__", "") == "to":
+            what = "`to(device)` from the host"
         if not what:
             result = func(*args, **kwargs)
             return _mark(result, on_host) if on_host or to_device else result
         self.waits[_asked_by(sys._getframe(1)), what] += 1
         result = func(*args, **kwargs)
+        if to_device:
+            return _mark(result, on_host=False)
         # On an accelerator it would be a copy.
         return _mark(result.clone()) if what in ("`to('cpu')`", "`cpu`") else result
 
@@ -149,8 +161,8 @@ def _asked_by(frame: FrameType | None, pass_over: tuple[str, ...] = ()) -> str:
     while frame is not None:
         name = frame.f_code.co_filename
         if not name.startswith(_SKIPPED):
-            for package in _PACKAGES:
-                if f"/{package}/" in name and package not in pass_over:
+            for package, folder in _PACKAGES.items():
+                if name.startswith(folder) and package not in pass_over:
                     return package
         frame = frame.f_back
     return "other"

@@ -1,4 +1,9 @@
-"""Balancing from log-probabilities against TorchJD, which aggregates the Jacobian of the parameters."""
+"""Balancing from log-probabilities against TorchJD, which aggregates the Jacobian of the parameters.
+
+Not the same weights: ours come from the Gramians of previous steps, of log-probabilities (this micro-batch's own with
+`gramian: current`), TorchJD's from this batch's, of the parameters. TorchJD differentiates the losses one after another
+here; with a head that allows vmap it was slower all at once.
+"""
 
 from __future__ import annotations
 

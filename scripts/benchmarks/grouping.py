@@ -127,12 +127,10 @@ def run(quick: bool = False) -> dict[str, Any]:
     """
     sizes = _QUICK_SIZES if quick else _SIZES
     clustered = [_measured(size, max(1, size // 8), repeats) for size, repeats in sizes.items()]
-    alike = [_measured(size, 1, 1) for size in sizes if size <= _LARGEST_MATRIX]
+    alike = [_measured(size, 1, min(3, repeats)) for size, repeats in sizes.items() if size <= _LARGEST_MATRIX]
     speeds = tokens_per_second(quick)
     name, speed = max(speeds.items(), key=lambda item: item[1])
-    last = next(row for row in reversed(clustered) if row["responses"] <= _RESPONSES)
-    # A quick run has no batch of that size; time is at most quadratic in it.
-    seconds = last["ours"]["seconds"] * (_RESPONSES / last["responses"]) ** 2
+    groupings = {kind: _seconds_of_grouping(rows) for kind, rows in (("clustered", clustered), ("all alike", alike))}
     return {
         "threads": torch.get_num_threads(),
         "dimensions": _DIMENSIONS,
@@ -141,34 +139,56 @@ def run(quick: bool = False) -> dict[str, Any]:
         "vectors": "normal around size / 8 normal centres, noise 0.45; 'all alike': around one",
         "clustered": clustered,
         "all alike": alike,
-        "growth": _growth(clustered),
+        "growth": {"clustered": _growth(clustered), "all alike": _growth(alike)},
         "generation": {
             "responses": _RESPONSES,
             "tokens per response (assumed)": _TOKENS,
-            "grouping seconds": seconds,
-            "grouping seconds measured at": last["responses"],
+            "grouping seconds": groupings,
             "measured tokens per second": speeds,
             "measured model": "tiny, 2 layers"
             if quick
             else "Qwen2, 24 layers of 896, 0.5B random parameters, this CPU",
             "fastest": name,
             "seconds at the fastest": generation_seconds(speed),
-            "grouping / generation, percent": 100 * seconds / generation_seconds(speed),
+            "grouping / generation, percent": _percent(groupings, speed),
             "assumed tokens per second": _ASSUMED_TOKENS_PER_SECOND,
             "assumption": "a model of 0.5B parameters served on one GPU, grouping on this CPU",
             "seconds as assumed": generation_seconds(_ASSUMED_TOKENS_PER_SECOND),
-            "grouping / generation as assumed, percent": 100 * seconds / generation_seconds(_ASSUMED_TOKENS_PER_SECOND),
+            "grouping / generation as assumed, percent": _percent(groupings, _ASSUMED_TOKENS_PER_SECOND),
         },
     }
 
 
+def _seconds_of_grouping(rows: list[dict[str, Any]]) -> float:
+    """Of the batch that generation is estimated for; a quick run has none so large, and time is at most quadratic."""
+    last = next(row for row in reversed(rows) if row["responses"] <= _RESPONSES)
+    return last["ours"]["seconds"] * (_RESPONSES / last["responses"]) ** 2
+
+
+def _percent(groupings: dict[str, float], speed: float) -> dict[str, float]:
+    return {kind: 100 * seconds / generation_seconds(speed) for kind, seconds in groupings.items()}
+
+
 def table(result: dict[str, Any]) -> list[list[str]]:
     """Rows of a table of what `run` returned, the first of them its head."""
-    rows = [["responses", "vectors", "groups", "seconds", "MB", "seconds with a matrix", "MB with a matrix"]]
+    share = result["generation"]["grouping / generation, percent"]
+    rows = [
+        [
+            "responses",
+            "vectors",
+            "groups",
+            "seconds",
+            "MB",
+            "seconds with a matrix",
+            "MB with a matrix",
+            "% of generation",
+        ]
+    ]
     for kind in ("clustered", "all alike"):
         for row in result[kind]:
             cells = [str(row["responses"]), kind, str(row["groups"]), *_cells(row["ours"])]
-            rows.append([*cells, *(_cells(row["matrix"]) if row["matrix"] else ("", ""))])
+            percent = f"{share[kind]:.2g}" if row["responses"] == _RESPONSES else ""
+            rows.append([*cells, *(_cells(row["matrix"]) if row["matrix"] else ("", "")), percent])
     return rows
 
 
@@ -189,7 +209,8 @@ def _measured(size: int, clusters: int, repeats: int) -> dict[str, Any]:
     groups = ours()
     row = {"responses": size, "groups": int(groups.max()) + 1, "ours": _cost(ours, repeats), "matrix": None}
     if size <= _LARGEST_MATRIX:
-        if not torch.equal(groups, matrix()):
+        similarities = VectorSimilarities(found).units(slice(None), slice(None)) / 1e5
+        if not torch.equal(groups, groups_from_matrix(similarities, similarities >= _THRESHOLD, _LARGEST)):
             raise RuntimeError(f"{size} responses: not the groups of the sequential definition")
         row["matrix"] = _cost(matrix, repeats)
     return row

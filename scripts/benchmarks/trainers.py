@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -11,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Trainer
 
-from trl_custom_losses.trainers.base import LossFunctionTrainer
 from trl_custom_losses.trainers.fused_head import fitted_head
 
 from .measure import alternate, compare, interval, milliseconds, peak_memory, seconds, summary
@@ -28,7 +29,9 @@ def run(work: Workload, rounds: int, steps: int) -> dict[str, Any]:
 
     `step` is a whole optimizer step of `train()`, logging every 10 steps as by default; `loss` is one micro-batch at
     hand, from its inputs to the gradients, where `bare` does nothing but the model's forward pass, the reference's (in
-    DPO), the plainest loss and backward; `peak_memory` is that of a `train()` of three steps.
+    DPO), the plainest loss and backward; `peak_memory` is that of a `train()` of three steps. Beside TRL as it is,
+    `fitted` is TRL with the tiles of its fused head hardly wider than the vocabulary, as ours has them: what
+    differs then is the rest.
 
     Args:
         work: Model and batches.
@@ -41,28 +44,39 @@ def run(work: Workload, rounds: int, steps: int) -> dict[str, Any]:
 def _run(name: str, work: Workload, rounds: int, steps: int) -> dict[str, Any]:
     make, loss = _MAKERS[name]
     stock = {"loss_type": loss} if name == "grpo" else {"loss_type": [loss]}
-    trainers = {"trl": make(work, **stock), "ours": make(work, loss)}
-    timers = {key: step_timer(trainer, steps, 3, work.device) for key, trainer in trainers.items()}
+    trainers = {"trl": make(work, **stock), "fitted": make(work, **stock), "ours": make(work, loss)}
+    timers = {
+        key: _fitted(step_timer(trainer, steps, 3, work.device), key, trainer) for key, trainer in trainers.items()
+    }
     for timer in timers.values():
         timer()
-    samples = alternate(timers, rounds)
-    found = {
-        "loss_type": loss,
-        "step": {key: summary(values) for key, values in samples.items()}
-        | {"ours/trl": compare(samples, "ours", "trl")},
-    }
+    found: dict[str, Any] = {"loss_type": loss, "step": _compared(alternate(timers, rounds))}
     memory = {}
     for key, trainer in trainers.items():
         trainer.args.max_steps = 3
-        memory[key] = peak_memory(trainer.train, work.device)
-    found["peak_memory"] = {**memory, "ours/trl": memory["ours"] / memory["trl"]}
+        memory[key] = peak_memory(_fitted(trainer.train, key, trainer), work.device)
+    found["peak_memory"] = memory | {f"ours/{peer}": memory["ours"] / memory[peer] for peer in ("trl", "fitted")}
     parts = _one_micro_batch(trainers, work)
-    samples = alternate(
-        {key: lambda part=part: seconds(part, steps, 1, work.device) for key, part in parts.items()}, rounds
-    )
-    found["loss"] = {key: summary(values) for key, values in samples.items()}
-    found["loss"] |= {f"ours/{peer}": compare(samples, "ours", peer) for peer in ("trl", "bare")}
+    samples = {key: partial(seconds, part, steps, 1, work.device) for key, part in parts.items()}
+    found["loss"] = _compared(alternate(samples, rounds))
     return found
+
+
+def _compared(samples: dict[str, list[float]]) -> dict[str, Any]:
+    ratios = {f"ours/{peer}": compare(samples, "ours", peer) for peer in samples if peer != "ours"}
+    return {key: summary(values) for key, values in samples.items()} | ratios
+
+
+def _fitted(call: Callable[[], Any], key: str, trainer: Trainer) -> Callable[[], Any]:
+    """The call within `fitted_head`, if the contender is to have it; ours has it in `train`."""
+    if key != "fitted":
+        return call
+
+    def fitted() -> Any:
+        with fitted_head(trainer.model):
+            return call()
+
+    return fitted
 
 
 def _one_micro_batch(trainers: dict[str, Trainer], work: Workload) -> dict[str, Callable[[], None]]:
@@ -71,29 +85,26 @@ def _one_micro_batch(trainers: dict[str, Trainer], work: Workload) -> dict[str, 
     ours.model.train()
     inputs = ours._prepare_inputs(next(iter(ours.get_train_dataloader())))
 
-    def with_trainer(trainer: Trainer) -> Callable[[], None]:
+    def with_trainer(key: str, trainer: Trainer) -> Callable[[], None]:
         trainer.model.train()
         trainer.current_gradient_accumulation_steps = 1
-        model = trainer.model_wrapped
+        model, calls = trainer.model_wrapped, count(1)
 
         def step() -> None:
-            with trainer.compute_loss_context_manager(), _head(trainer):
+            with trainer.compute_loss_context_manager(), nullcontext() if key == "trl" else fitted_head(trainer.model):
                 trainer.compute_loss(model, inputs).backward()
             trainer.model.zero_grad()
+            if trainer is ours and next(calls) % trainer.args.logging_steps == 0:
+                trainer._flush_metrics("train")  # what TRL has done already
 
         return step
 
     def bare() -> None:
-        with ours.compute_loss_context_manager(), _head(ours):
+        with ours.compute_loss_context_manager(), fitted_head(ours.model):
             _bare_loss(ours, inputs).backward()
         ours.model.zero_grad()
 
-    return {key: with_trainer(trainer) for key, trainer in trainers.items()} | {"bare": bare}
-
-
-def _head(trainer: Trainer) -> AbstractContextManager[None]:
-    """What our trainers do around all of a training."""
-    return fitted_head(trainer.model) if isinstance(trainer, LossFunctionTrainer) else nullcontext()
+    return {key: with_trainer(key, trainer) for key, trainer in trainers.items()} | {"bare": bare}
 
 
 def _bare_loss(trainer: Trainer, inputs: dict[str, Any]) -> Tensor:
@@ -120,25 +131,15 @@ def _logps(model: nn.Module, ids: Tensor, attention: Tensor, scored: Tensor) -> 
 
 def table(found: dict[str, Any]) -> list[list[str]]:
     """Rows for a table of what `run` found."""
-    rows = [["trainer", "what", "TRL", "ours", "ours/TRL", "ours/bare"]]
+    rows = [["trainer", "what", "TRL", "TRL, fitted", "ours", "ours/TRL", "ours/(TRL, fitted)", "ours/bare"]]
+    keys = ("trl", "fitted", "ours")
+    ratios = tuple(f"ours/{peer}" for peer in ("trl", "fitted", "bare"))
     for name, result in found.items():
-        step, loss, memory = result["step"], result["loss"], result["peak_memory"]
-        rows += [
-            [name, "step, ms", milliseconds(step["trl"]), milliseconds(step["ours"]), interval(step["ours/trl"]), ""],
-            [
-                name,
-                "loss and gradients, ms",
-                milliseconds(loss["trl"]),
-                milliseconds(loss["ours"]),
-                interval(loss["ours/trl"]),
-                interval(loss["ours/bare"]),
-            ],
-            [
-                name,
-                "peak memory, MB",
-                *(f"{memory[key] / 1e6:.1f}" for key in ("trl", "ours")),
-                f"{memory['ours/trl']:.3f}",
-                "",
-            ],
-        ]
+        for cost, label in (("step", "step, ms"), ("loss", "loss and gradients, ms")):
+            figures = result[cost]
+            intervals = [interval(figures[ratio]) if ratio in figures else "" for ratio in ratios]
+            rows.append([name, label, *(milliseconds(figures[key]) for key in keys), *intervals])
+        memory = result["peak_memory"]
+        megabytes = [f"{memory[key] / 1e6:.1f}" for key in keys]
+        rows.append([name, "peak memory, MB", *megabytes, *(f"{memory[ratio]:.3f}" for ratio in ratios[:2]), ""])
     return rows

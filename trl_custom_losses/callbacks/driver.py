@@ -43,6 +43,7 @@ class LossFunctionCallback(TrainerCallback):
         self.accelerator = accelerator
         self.log = log
         self.before_update = before_update
+        self._local: list[dict[str, Tensor]] = []
         self._exchange: _Exchange | None = None
 
     def on_train_begin(
@@ -82,9 +83,11 @@ class LossFunctionCallback(TrainerCallback):
         """
         losses = self.loss.tree()
         observed = [loss.take_observed() for loss in losses]
+        # A step whose last micro-batch computes its loss more than once exchanges all of it.
+        self._local = [_added(*pair) for pair in zip(self._local, observed, strict=True)] if self._local else observed
         # A collective, so that whether it happens must not depend on what this rank has observed.
         needed = alarm is not None or any(loss.observes or loss.watched for loss in losses)
-        self._exchange = _Exchange(observed, alarm, self.accelerator if needed else None)
+        self._exchange = _Exchange(self._local, alarm, self.accelerator if needed else None)
 
     def alarmed(self) -> bool:
         """Whether any rank gave an alarm in the step under way."""
@@ -92,7 +95,7 @@ class LossFunctionCallback(TrainerCallback):
 
     def forget(self) -> None:
         """Drop what was exchanged."""
-        self._exchange = None
+        self._local, self._exchange = [], None
 
 
 class _Exchange:
@@ -146,6 +149,10 @@ class _Exchange:
         sizes = [shape.numel() for sums in self._layout for _, shape in sums]
         pieces = iter(self._values()[4:].split(sizes) if sizes else ())
         return [{name: next(pieces).view(shape) for name, shape in sums} for sums in self._layout]
+
+
+def _added(sums: dict[str, Tensor], more: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: sums.get(name, 0) + more.get(name, 0) for name in sums | more}
 
 
 def _end_step(

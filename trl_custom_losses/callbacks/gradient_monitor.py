@@ -226,6 +226,11 @@ def _last(path: str) -> str:
     return path.rpartition(".")[2]
 
 
+def uses_gradients_up(optimizer: str) -> bool:
+    """Whether an optimizer, by its name in the Trainer's arguments, moves parameters during the backward pass."""
+    return any(part in str(getattr(optimizer, "value", optimizer)) for part in _USES_GRADIENTS_UP)
+
+
 def _check_whole_gradients(accelerator: Accelerator, args: TrainingArguments, model: nn.Module) -> None:
     """Refuse to look for gradients of parameters where they are not to be found."""
     what = "GradientMonitorCallback(layers=True) needs whole gradients of the model's parameters on every process"
@@ -236,9 +241,9 @@ def _check_whole_gradients(accelerator: Accelerator, args: TrainingArguments, mo
     sharded = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
     if sharded:
         raise LossConfigError(f"{what}, found {len(sharded)} sharded parameters, such as '{sharded[0]}'{remedy}")
-    optimizer = str(getattr(args.optim, "value", args.optim))
-    if any(part in optimizer for part in _USES_GRADIENTS_UP):
+    if uses_gradients_up(args.optim):
+        optimizer = getattr(args.optim, "value", args.optim)
         raise LossConfigError(f"{what}, found the optimizer '{optimizer}', which uses them up beforehand{remedy}")
 
 
-__all__ = ["GradientMonitorCallback", "layer_norms", "monitored", "name_layers"]
+__all__ = ["GradientMonitorCallback", "layer_norms", "monitored", "name_layers", "uses_gradients_up"]

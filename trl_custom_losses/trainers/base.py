@@ -15,7 +15,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ..base import Loss
 from ..callbacks import LossFunctionCallback, RunReportCallback
-from ..callbacks.gradient_monitor import monitored
+from ..callbacks.gradient_monitor import monitored, uses_gradients_up
 from ..errors import LossConfigError, NonFiniteLossError
 from ..types import Ranks
 from .announce import describe, logger, surprises
@@ -76,6 +76,7 @@ class LossFunctionTrainer(ResumableTrainer):
 
     loss_function: Loss | None = None
     _columns: tuple[str, ...] = ()
+    _within_step = False
     _default_config: type
     _default_suffix: str
 
@@ -156,6 +157,7 @@ class LossFunctionTrainer(ResumableTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's; see `ResumableTrainer.train` for the checkpoint to resume from."""
+        self._nonfinite.clear()  # of a run that was interrupted
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, RunReportCallback) and self.loss_function is not None:
                 callback.loss = inspect.cleandoc(describe(self.loss_function))
@@ -278,6 +280,14 @@ class LossFunctionTrainer(ResumableTrainer):
 
     # NaN and infinity
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """TRL's; with the last micro-batch of an optimizer step, ranks exchange what its losses observed."""
+        self._within_step = True
+        try:
+            return super().training_step(*args, **kwargs)
+        finally:
+            self._within_step = False
+
     def _end_micro_batch(self, loss: Tensor, metrics: Mapping[str, Any], parts: Mapping[str, Tensor]) -> None:
         """In training, remember on the device what was not finite; with the last micro-batch, tell the other ranks.
 
@@ -293,16 +303,32 @@ class LossFunctionTrainer(ResumableTrainer):
         watching = getattr(self.args, "stop_on_nonfinite_loss", True)
         if watching:
             self._nonfinite.look(loss, metrics, parts)
-        if not self.accelerator.sync_gradients:
-            return
-        self._driver.exchange(self._nonfinite.alarm() if watching else None)
-        # DeepSpeed moves the optimizer within backward, and a gradient scaler would have to be set back.
-        if self.is_deepspeed_enabled or self.accelerator.scaler is not None:
-            self._raise_if_nonfinite()
+        if not self._within_step:  # someone calls `compute_loss` by hand, maybe on one rank alone
+            self._raise_if_nonfinite(bool(self._nonfinite.alarm()) if watching else False)
+        elif self.accelerator.sync_gradients:
+            self._driver.exchange(self._nonfinite.alarm() if watching else None)
+            if self._moves_in_backward():
+                self._raise_if_nonfinite()
 
-    def _raise_if_nonfinite(self) -> None:
-        """Stop, on all ranks, if the loss was not finite on any."""
-        if not self._driver.alarmed():
+    def _moves_in_backward(self) -> bool:
+        """Whether the model moves within the backward pass, so that it is too late to stop after it.
+
+        A gradient scaler counts too: stopped between its own steps, it would have to be set back.
+        """
+        if self.is_deepspeed_enabled or self.accelerator.scaler is not None:
+            return True
+        if uses_gradients_up(self.args.optim):
+            return True
+        # An optimizer of the user's own may step in such hooks.
+        return any(parameter._post_accumulate_grad_hooks for parameter in self.model.parameters())
+
+    def _raise_if_nonfinite(self, alarmed: bool | None = None) -> None:
+        """Stop if the loss was not finite on any rank.
+
+        Args:
+            alarmed: Whether it was; None asks what the ranks exchanged.
+        """
+        if not (self._driver.alarmed() if alarmed is None else alarmed):
             self._nonfinite.clear()
             return
         found = self._nonfinite.found() or ["the loss of another rank"]

@@ -87,8 +87,9 @@ class PolicyForward:
         }
         if self.log_sum_sq_probs:
             with torch.no_grad():
-                squares = [torch.logsumexp(2 * part, dim=-1) for part in _by_rows(logits)]
-            values["log_sum_sq_probs"] = torch.cat(squares) - 2 * log_normaliser.detach()
+                pieces, dim = _in_pieces(logits)
+                squares = torch.cat([torch.logsumexp(2 * piece, dim=-1) for piece in pieces], dim)
+            values["log_sum_sq_probs"] = squares - 2 * log_normaliser.detach()
         masked = {name: value.masked_fill(~scored, 0) for name, value in values.items()}
         is_top1 = (logits.detach().argmax(-1) == targets) & scored
         return SimpleNamespace(**masked, is_top1=is_top1, aux_loss=getattr(outputs, "aux_loss", None))
@@ -100,7 +101,11 @@ class PolicyForward:
         # Prompt-learning adapters prepend positions; the last ones are the tokens that were passed in.
         logits = outputs.logits[:, -labels.size(1) :][:, :-1][:, self.first_position :]
         logits = logits.float()
-        return (logits if self.temperature == 1 else logits / self.temperature), outputs  # without a copy if it can be
+        if self.temperature != 1:
+            logits = logits / self.temperature
+        elif 2 * logits.numel() < outputs.logits.numel():
+            logits = logits.clone()  # a view would keep the prompt's logits, too
+        return logits, outputs
 
     def hidden_fields(self, completion_mask: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
         """The fields of `ModelOutputs` made of hidden states that the loss required.
@@ -127,15 +132,18 @@ class PolicyForward:
         weights = mask.to(device=hidden.device, dtype=torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):  # which would compute the product in half precision
             # Half precision is widened some rows at a time, never the whole batch; float32 is not copied.
-            parts = [hidden] if hidden.dtype == torch.float32 else _by_rows(hidden)
-            pairs = zip(parts, weights.split([part.size(0) for part in parts]), strict=True)
+            rows = max(1, hidden.size(0) if hidden.dtype == torch.float32 else _IN_PASSING // hidden[0].numel())
+            pairs = zip(hidden.split(rows), weights.split(rows), strict=True)
             summed = [torch.einsum("nlh,nl->nh", part.float(), weight) for part, weight in pairs]
         return torch.cat(summed) / weights.sum(1, keepdim=True).clamp(min=1)
 
 
-def _by_rows(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Views of as many rows at a time as may be worked on in passing; at least one."""
-    return tensor.split(max(1, _IN_PASSING // max(1, tensor[0].numel())))
+def _in_pieces(tensor: Tensor) -> tuple[tuple[Tensor, ...], int]:
+    """Views of as much of a tensor (N, L, D) at a time as may be worked on in passing, and the dimension they split."""
+    rows = _IN_PASSING // max(1, tensor[0].numel())
+    if rows:
+        return tensor.split(rows), 0
+    return tensor.split(max(1, _IN_PASSING // max(1, tensor[:, 0].numel())), dim=1), 1
 
 
 def _entropies(logits: Tensor) -> Tensor:
@@ -147,9 +155,9 @@ def _entropies(logits: Tensor) -> Tensor:
     Args:
         logits: (N, T, V).
     """
-    return torch.cat(
-        [checkpoint(_entropy, part, use_reentrant=False, preserve_rng_state=False) for part in _by_rows(logits)]
-    )
+    pieces, dim = _in_pieces(logits)
+    found = [checkpoint(_entropy, piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+    return torch.cat(found, dim)
 
 
 def _entropy(logits: Tensor) -> Tensor:

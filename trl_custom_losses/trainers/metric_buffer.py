@@ -14,7 +14,7 @@ from torch import Tensor
 _MOST_ROWS = 1024
 
 #: Numbers that ranks exchange at once, their header included; what is more goes in a second exchange.
-_FIRST_EXCHANGE = 2048
+_FIRST_EXCHANGE = 4096
 
 
 class _Key(NamedTuple):
@@ -111,15 +111,13 @@ class MetricBuffer:
         if not rows:
             return
         layouts = [row.keys for row in rows]
-        values = self._in_order(rows)
+        checksum = float(zlib.crc32(repr(layouts).encode()) % 2**24)
+        header, values = self._in_order(rows, checksum)
         # Ranks first agree on what they exchange: a collective of unequal sizes would crash or hang. So the first one,
         # mostly the only one, has the same size everywhere.
-        header = [float(zlib.crc32(repr(layouts).encode()) % 2**24), float(values.numel())]
-        first = values.new_zeros(_FIRST_EXCHANGE)
-        first[:2] = values.new_tensor(header)
         at_once = min(values.numel(), _FIRST_EXCHANGE - 2)
-        first[2 : 2 + at_once] = values[:at_once]
-        received = gather(first).reshape(-1, _FIRST_EXCHANGE).cpu()
+        padding = values.new_zeros(_FIRST_EXCHANGE - 2 - at_once)
+        received = gather(torch.cat((header, values[:at_once], padding))).reshape(-1, _FIRST_EXCHANGE).cpu()
         headers = received[:, :2]
         if (headers != headers[0]).any():
             names = sorted({key.name for keys in layouts for key in keys})
@@ -133,20 +131,21 @@ class MetricBuffer:
             received = torch.cat((received, rest), dim=1)
         self._combine(layouts, received)
 
-    def _in_order(self, rows: Sequence[_Row]) -> Tensor:
-        """Sums and counts of all rows in the order of their keys, 1-d."""
-        numbers = torch.tensor([number for row in rows for number in row.numbers], dtype=self._dtype)
-        together = torch.cat([*(row.tensors for row in rows), numbers.to(self._device)])
-        places = torch.empty(together.numel(), dtype=torch.long)
-        of_tensor, of_number = 0, together.numel() - numbers.numel()
-        start = 0
+    def _in_order(self, rows: Sequence[_Row], checksum: float) -> tuple[Tensor, Tensor]:
+        """The checksum and the number of values; sums and counts of all rows in the order of their keys; both 1-d."""
+        numbers = [number for row in rows for number in row.numbers]
+        tensors = sum(row.tensors.numel() for row in rows)
+        places = [0] * (tensors + len(numbers))
+        of_tensor, of_number, start = 0, tensors, 0
         for row in rows:
             here = row.tensors.numel()
-            order = torch.tensor(row.order) + start
-            places[order[:here]] = torch.arange(of_tensor, of_tensor + here)
-            places[order[here:]] = torch.arange(of_number, of_number + len(row.numbers))
+            for index, place in enumerate(row.order):
+                places[start + place] = of_tensor + index if index < here else of_number + index - here
             of_tensor, of_number, start = of_tensor + here, of_number + len(row.numbers), start + len(row.order)
-        return together[places.to(self._device)]
+        # All that the host knows goes to the device in one copy, which it waits for.
+        known = torch.tensor([checksum, len(places), *numbers, *places], dtype=self._dtype).to(self._device)
+        header, numbers_there, places_there = known.split([2, len(numbers), len(places)])
+        return header, torch.cat([*(row.tensors for row in rows), numbers_there])[places_there.long()]
 
     def _combine(self, layouts: list[tuple[_Key, ...]], gathered: Tensor) -> None:
         """Fold what was gathered, (ranks, 2 x metrics of all micro-batches), into the running sums."""

@@ -72,8 +72,16 @@ class DynamicGRPOLoss(SimilarityAdvantageLoss):
 
     def groups(self, rollout: Rollout) -> Tensor:
         """The group of each response of the generation batch, numbered from 0, (N,), on the host."""
-        fields = rollout.group_ids.cpu() if self.scope == "prompt" else None
-        return form_groups(self.similarities(rollout), self.similarity_threshold, self.max_group_size, fields)
+        prompts, similarities = rollout.group_ids.cpu(), self.similarities(rollout)
+        scored = rollout.gather((rollout.mask > 0).any(dim=1)).cpu()
+        compared = torch.where(scored)[0]
+        if compared.numel() < scored.numel():
+            prompts, similarities = prompts[compared], similarities.take(compared)
+        fields = prompts if self.scope == "prompt" else None
+        found = form_groups(similarities, self.similarity_threshold, self.max_group_size, fields)
+        groups = torch.arange(scored.numel()) + scored.numel()  # what is not scored is by itself
+        groups[compared] = found
+        return groups.unique(return_inverse=True)[1]
 
     def prepare(self, rollout: Rollout) -> dict[str, Tensor]:
         groups = self.groups(rollout)
@@ -122,6 +130,7 @@ def form_groups(similarities: Similarities, threshold: float, largest: int, fiel
         number += int(found.max()) + 1
         rest = torch.where(found < 0)[0]
         left, similarities = left[rest], similarities.take(rest)
+        fields = None if fields is None else fields[rest]
     return groups
 
 

@@ -115,7 +115,7 @@ class VectorSimilarities(Similarities):
         finite = torch.ones((), dtype=torch.bool, device=device)
         rows = max(1, self.side**2 // max(1, vectors.size(1)))
         for found, some in zip(self._directions.split(rows), vectors.split(rows), strict=True):
-            some = some.to(device, torch.float64)
+            some = some.to(device).double()
             finite &= some.isfinite().all()
             found.copy_(_directions(some))
         if not finite:
@@ -259,10 +259,11 @@ def _directions(vectors: Tensor) -> Tensor:
     """Unit vectors on the grid that `VectorSimilarities` describes, (N, D), float64; 0 for a vector of zeros."""
     # Over the largest entry first: squares of huge or tiny numbers would leave the range.
     vectors = vectors / vectors.abs().amax(1, keepdim=True).clamp(min=1e-300)
-    # The length from whole numbers as well, whose squares sum to less than 2^63 in whatever order.
-    bits = (62 - vectors.size(1).bit_length()) // 2
-    squares = (vectors * 2**bits).round_().long().square_().sum(1, keepdim=True)
-    return (vectors / (squares.double().sqrt() / 2**bits).clamp(min=1)).mul_(_GRID).round_().div_(_GRID)
+    # The length from whole numbers as well, whose squares are summed in two halves, exactly in whatever order.
+    squares = (vectors * 2**30).round_().long().square_()
+    high, low = (squares >> 30).sum(1, keepdim=True), (squares & (2**30 - 1)).sum(1, keepdim=True)
+    lengths = (high.double() * 2**30 + low.double()).sqrt() / 2**30
+    return (vectors / lengths.clamp(min=1)).mul_(_GRID).round_().div_(_GRID)
 
 
 def _ngram_similarities(rollout: Rollout, longest: int) -> BagSimilarities:
