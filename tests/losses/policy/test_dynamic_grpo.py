@@ -246,3 +246,16 @@ def test_ranges(options: dict, message: str) -> None:
     with pytest.raises(LossConfigError) as raised:
         DynamicGRPOLoss(**options)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("scope", ["batch", "prompt"])
+@pytest.mark.parametrize("threshold", [-1.0, 0.0, 0.8])
+def test_a_response_without_a_scored_token_is_similar_to_none(threshold: float, scope: str) -> None:
+    """Whatever its vector: here that of the others."""
+    data = _data([[1.0, 0.0]] * 5, [1.0, 2.0, 3.0, 4.0, 5.0], [0, 0, 0, 1, 1])
+    mask = torch.tensor([[1], [0], [1], [1], [0]])
+    loss = DynamicGRPOLoss(similarity_threshold=threshold, scope=scope)
+    groups = loss.groups(data.with_rows(mask=mask).rollout()).tolist()
+    together = {frozenset({0, 2, 3})} if scope == "batch" else {frozenset({0, 2}), frozenset({3})}
+    assert _sets(groups) == together | {frozenset({1}), frozenset({4})}
+    assert sorted(set(groups)) == list(range(len(set(groups))))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -241,3 +243,13 @@ def test_no_matrix_of_all_pairs_of_bags_is_made(monkeypatch: pytest.MonkeyPatch)
     rollout = data.rollout()
     peak = peak_memory(lambda: form_groups(similarities(rollout, "tokens", 2), 0.8, 10))
     assert peak < 1024**2 * 8
+
+
+@pytest.mark.parametrize("dimensions", [16_384, 65_536])
+def test_equal_vectors_have_similarity_one_in_many_dimensions(dimensions: int) -> None:
+    """Also where one entry stands out, as in weighted counts of words."""
+    for seed in range(3):
+        small = 1 / math.sqrt(dimensions) * (1 + 0.1 * torch.rand((), generator=torch.Generator().manual_seed(seed)))
+        vector = torch.full((dimensions,), float(small), dtype=torch.float64)
+        vector[0] = 1.0
+        assert (matrix(VectorSimilarities(vector.repeat(2, 1))) == 1).all()
