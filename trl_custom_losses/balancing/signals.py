@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LossConfigError
-from ..summaries import sum_and_count
+from ..summaries import Tokens, sum_and_count
 from ..types import Family, Metric, ModelOutputs, PolicyBatch, PreferenceBatch, masked_sum
 
 Batch = PreferenceBatch | PolicyBatch
@@ -104,5 +104,5 @@ def measure(name: str, objective: str, reported: Mapping[str, Metrics], batch: B
         if counted is None and value.dim() > 0 and value.numel() == value.size(0):
             value = value.flatten()
             counted = _counted(value, batch)
-        total, count = sum_and_count(value, batch.mask, "mean", f"the signal '{name}'", counted)
+        total, count = sum_and_count(value, Tokens(batch.mask), "mean", f"the signal '{name}'", counted)
     return torch.stack((total.float(), torch.as_tensor(count, device=total.device, dtype=torch.float32))).detach()
