@@ -19,7 +19,9 @@ from trl_custom_losses.testing import CHECKS
 README = Path(__file__).parents[1] / "README.md"
 RESULTS = Path(__file__).parent / "benchmark_results" / "cpu"
 #: Cases of the benchmarks in the README's order.
-SHOWN = ("trainers", "ddp", "counts", "components", "engines", "grouping", "imports")
+SHOWN = ("trainers", "ddp", "counts", "grouping")
+CASES = ("trainers", "ddp", "counts", "components", "engines", "grouping", "imports")
+PAGE = RESULTS.parent / "README.md"
 
 
 def table_of_checks() -> str:
@@ -34,14 +36,26 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
-def tables_of_benchmarks() -> str:
-    """What `scripts/benchmark.py` last measured into `scripts/benchmark_results/cpu`, and how."""
-    found = [json.loads((RESULTS / f"{case}.json").read_text()) for case in SHOWN]
-    parts = [f"**{one['title']}** ({one['date']})\n\n{markdown(one['table'])}" for one in found]
-    about = f"{found[0]['hardware']}; torch {found[0]['environment']['packages']['torch']}, " + ", ".join(
-        f"{name} {found[0]['environment']['packages'][name]}" for name in ("trl", "transformers")
-    )
-    return "\n\n".join([*parts, f"{about}. Commands, dates and every figure's quartiles are in the JSON files."])
+def tables_of_benchmarks(cases: Sequence[str] = SHOWN, left_out: str = ", logging") -> str:
+    """What `scripts/benchmark.py` last measured into `scripts/benchmark_results/cpu`, and how.
+
+    Args:
+        cases: Of the benchmarks.
+        left_out: Rows whose first cell ends so are left out; none if empty.
+    """
+    found = [json.loads((RESULTS / f"{case}.json").read_text()) for case in cases]
+    parts = []
+    for one in found:
+        rows = [row for row in one["table"] if not left_out or not row[0].endswith(left_out)]
+        parts.append(f"**{one['title']}** ({one['date']}, `{one['command']}`)\n\n{markdown(rows)}")
+    packages = found[0]["environment"]["packages"]
+    versions = ", ".join(f"{name} {packages[name]}" for name in ("torch", "trl", "transformers"))
+    return "\n\n".join([*parts, f"{found[0]['hardware']}; {versions}."])
+
+
+def page_of_benchmarks() -> str:
+    """All cases, whole."""
+    return f"# What `scripts/benchmark.py` measured last\n\n{tables_of_benchmarks(CASES, '')}\n"
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -68,11 +82,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only say whether the tables are up to date")
     options = parser.parse_args(arguments)
-    text = README.read_text()
-    updated = with_tables(text)
+    pages = {README: with_tables(README.read_text()), PAGE: page_of_benchmarks()}
     if options.check:
-        return int(text != updated)
-    README.write_text(updated)
+        return int(any(not path.exists() or path.read_text() != text for path, text in pages.items()))
+    for path, text in pages.items():
+        path.write_text(text)
     return 0
 
 

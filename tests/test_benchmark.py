@@ -173,3 +173,9 @@ def test_the_results_that_are_kept_make_tables(case: str, scripts: None) -> None
     assert kept["case"] == case and "--quick" not in kept["command"]
     rows = import_module("benchmark").CASES[case].table(kept["result"])
     assert rows == kept["table"] and len(rows) > 1 and len({len(row) for row in rows}) == 1
+
+
+def test_the_page_of_results_is_that_of_the_files(scripts: None) -> None:
+    update_readme = import_module("update_readme")
+    assert update_readme.PAGE.read_text() == update_readme.page_of_benchmarks(), "run scripts/update_readme.py"
+    assert set(update_readme.CASES) == set(import_module("benchmark").CASES)
