@@ -27,43 +27,9 @@ from .fused_head import fitted_head
 from .learned import LearnedParametersCallback, add_to_optimizer, check_trainable, learned_parameters
 from .loss_state import check_state, read_state, share_state, write_state
 from .metric_buffer import MetricBuffer
+from .metric_names import apart_from_the_trainers
 from .nonfinite import NonFiniteFlags
 from .resumable import ResumableTrainer
-
-#: What Trainer and TRL log themselves.
-_TRAINER_METRICS = frozenset(
-    {
-        "loss",
-        "grad_norm",
-        "learning_rate",
-        "epoch",
-        "step",
-        "train_loss",
-        "train_runtime",
-        "total_flos",
-        "num_tokens",
-        "num_input_tokens_seen",
-        "entropy",
-        "mean_token_accuracy",
-        "logits/chosen",
-        "logits/rejected",
-        "logps/chosen",
-        "logps/rejected",
-        "rewards/chosen",
-        "rewards/rejected",
-        "rewards/accuracies",
-        "rewards/margins",
-        "aux_loss",
-        "kl",
-        "policy_loss",
-        "entropy_coef",
-        "reward",
-        "reward_std",
-        "frac_reward_zero_std",
-        "step_time",
-    }
-)
-_TRAINER_PREFIXES = ("rewards/", "completions/", "sampling/", "tools/", "profiling/")
 
 
 class LossFunctionTrainer(ResumableTrainer):
@@ -255,13 +221,7 @@ class LossFunctionTrainer(ResumableTrainer):
         super().log(logs, *args, **kwargs)
 
     def _named(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """The loss's metrics; one that would replace a metric of the trainer is logged as `<loss>/<metric>`."""
-        return {
-            f"{self.loss_function.name}/{name}"
-            if name in _TRAINER_METRICS or name.startswith(_TRAINER_PREFIXES)
-            else name: value
-            for name, value in metrics.items()
-        }
+        return apart_from_the_trainers(metrics, self.loss_function.name)
 
     # State
 
