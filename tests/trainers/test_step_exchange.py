@@ -11,7 +11,7 @@ import pytest
 import torch
 import trl.trainer.utils as trl_utils
 from torch import Tensor, nn
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
 from trl_custom_losses import NonFiniteLossError
 from trl_custom_losses.callbacks import driver
@@ -151,6 +151,28 @@ def test_flags_of_an_interrupted_run_are_forgotten(dense_model: Path, run_argume
     assert_identical(weights(trainer), weights(healthy))
 
 
+def test_a_call_by_hand_within_a_step_leaves_the_steps_flags(dense_model: Path, run_arguments: dict) -> None:
+    """The first micro-batch is NaN, a callback calls by hand after it; the stop is the step's own."""
+    config = run_arguments | RUN | {"gradient_accumulation_steps": 2}
+    trainer = custom(dense_model, config, Breaks(at=1))
+    seen: list[bool] = []
+
+    class Calls(TrainerCallback):
+        def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+            seen.append(bool(trainer.compute_loss(trainer.model, first_batch(trainer)).isfinite()))
+
+    trainer.add_callback(Calls())
+    with pytest.raises(NonFiniteLossError, match="at step 1"):
+        trainer.train()
+    assert seen == [True] and trainer.state.global_step == 0
+
+
+def test_observations_of_two_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"'x' was observed in the shapes \(2,\) and \(\)"):
+        driver._added({"x": torch.ones(2)}, {"x": torch.ones(())})
+    assert driver._added({"x": torch.ones(())}, {"y": torch.ones(2)}).keys() == {"x", "y"}
+
+
 # The fused head
 
 
@@ -179,8 +201,15 @@ def test_a_head_with_more_rows_than_the_config_says_is_one_tile() -> None:
     padded.lm_head = nn.Linear(8, 200, bias=False)
     with fitted_head(padded):
         assert getattr(trl_utils, WIDTH) == 256
-    with fitted_head(nn.Linear(2, 2)):
-        assert getattr(trl_utils, WIDTH) == 32_768
+    for other in (nn.Linear(2, 2), WithoutVocabulary(PreTrainedConfig())):
+        with fitted_head(other):
+            assert getattr(trl_utils, WIDTH) == 32_768
+
+
+class WithoutVocabulary(nn.Module):
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        self.config = config
 
 
 def test_training_and_evaluation_use_such_tiles_and_the_numbers_stay(dense_model: Path, run_arguments: dict) -> None:

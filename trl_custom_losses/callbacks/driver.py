@@ -152,6 +152,12 @@ class _Exchange:
 
 
 def _added(sums: dict[str, Tensor], more: dict[str, Tensor]) -> dict[str, Tensor]:
+    for name in sums.keys() & more.keys():
+        if sums[name].shape != more[name].shape:
+            raise ValueError(
+                f"'{name}' was observed in the shapes {tuple(sums[name].shape)} and {tuple(more[name].shape)}, which "
+                "cannot be added up"
+            )
     return {name: sums.get(name, 0) + more.get(name, 0) for name in sums | more}
 
 

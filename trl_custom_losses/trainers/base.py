@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -261,12 +261,15 @@ class LossFunctionTrainer(ResumableTrainer):
         if not self.model.training:
             return
         watching = getattr(self.args, "stop_on_nonfinite_loss", True)
+        # Someone may call `compute_loss` by hand, on one rank alone: that is not part of the step under way.
+        flags = self._nonfinite if self._within_step else NonFiniteFlags()
         if watching:
-            self._nonfinite.look(loss, metrics, parts)
-        if not self._within_step:  # someone calls `compute_loss` by hand, maybe on one rank alone
-            self._raise_if_nonfinite(bool(self._nonfinite.alarm()) if watching else False)
+            flags.look(loss, metrics, parts)
+        if not self._within_step:
+            if watching and flags.alarm():
+                raise self._not_finite(flags.found())
         elif self.accelerator.sync_gradients:
-            self._driver.exchange(self._nonfinite.alarm() if watching else None)
+            self._driver.exchange(flags.alarm() if watching else None)
             if self._moves_in_backward():
                 self._raise_if_nonfinite()
 
@@ -282,18 +285,17 @@ class LossFunctionTrainer(ResumableTrainer):
         # An optimizer of the user's own may step in such hooks.
         return any(parameter._post_accumulate_grad_hooks for parameter in self.model.parameters())
 
-    def _raise_if_nonfinite(self, alarmed: bool | None = None) -> None:
-        """Stop if the loss was not finite on any rank.
-
-        Args:
-            alarmed: Whether it was; None asks what the ranks exchanged.
-        """
-        if not (self._driver.alarmed() if alarmed is None else alarmed):
+    def _raise_if_nonfinite(self) -> None:
+        """Stop, on all ranks, if the loss was not finite on any."""
+        if not self._driver.alarmed():
             self._nonfinite.clear()
             return
-        found = self._nonfinite.found() or ["the loss of another rank"]
+        found = self._nonfinite.found()
         self._abandon_step()
-        raise NonFiniteLossError(
+        raise self._not_finite(found or ["the loss of another rank"])
+
+    def _not_finite(self, found: Sequence[str]) -> NonFiniteLossError:
+        return NonFiniteLossError(
             f"the loss '{self.loss_function.name}' is not finite at step {self.state.global_step + 1} (rank "
             f"{self.accelerator.process_index}). Not finite: {', '.join(found)}. The model was not updated. To "
             f"continue in spite of it, set `stop_on_nonfinite_loss=False` in a {self._default_config.__name__}."

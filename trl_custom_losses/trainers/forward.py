@@ -100,12 +100,10 @@ class PolicyForward:
         outputs = self.model(**kwargs)
         # Prompt-learning adapters prepend positions; the last ones are the tokens that were passed in.
         logits = outputs.logits[:, -labels.size(1) :][:, :-1][:, self.first_position :]
-        logits = logits.float()
-        if self.temperature != 1:
-            logits = logits / self.temperature
-        elif 2 * logits.numel() < outputs.logits.numel():
+        if logits.dtype == torch.float32 and self.temperature == 1 and 2 * logits.numel() < outputs.logits.numel():
             logits = logits.clone()  # a view would keep the prompt's logits, too
-        return logits, outputs
+        logits = logits.float()
+        return logits if self.temperature == 1 else logits / self.temperature, outputs
 
     def hidden_fields(self, completion_mask: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
         """The fields of `ModelOutputs` made of hidden states that the loss required.

@@ -42,5 +42,5 @@ def _vocabulary(model: nn.Module) -> int:
     if hasattr(model, "get_output_embeddings"):
         head = model.get_output_embeddings()
     rows = head.weight.size(0) if head is not None and getattr(head, "weight", None) is not None else 0
-    size = config.get_text_config().vocab_size if isinstance(config, PreTrainedConfig) else 0
-    return max(rows, size)
+    size = getattr(config.get_text_config(), "vocab_size", None) if isinstance(config, PreTrainedConfig) else 0
+    return max(rows, size or 0)
