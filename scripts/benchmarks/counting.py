@@ -7,15 +7,18 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import accelerate
 import torch
+import transformers
+import trl
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+import trl_custom_losses
 from trl_custom_losses import Loss
 from trl_custom_losses.callbacks.exchange import SumOverRanks
 from trl_custom_losses.state import HostState
@@ -39,8 +42,8 @@ _COLLECTIVES = (
 )
 #: Folder of each package that may ask.
 _PACKAGES = {
-    name: f"{Path(import_module(name).__file__).parent}{os.sep}"
-    for name in ("trl_custom_losses", "trl", "transformers", "accelerate")
+    package.__name__: f"{Path(package.__file__).parent}{os.sep}"
+    for package in (trl_custom_losses, trl, transformers, accelerate)
 }
 #: Attribute of tensors that would be in the host's memory.
 _ON_HOST = "_benchmark_on_host"
