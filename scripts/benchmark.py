@@ -1,6 +1,6 @@
 """Measure this package side by side with what it stands beside: TRL's trainers, TorchJD, its own simplest use.
 
-    python scripts/benchmark.py                              # everything, 15 to 20 minutes on two cores
+    python scripts/benchmark.py                              # everything, about 25 minutes on two cores
     python scripts/benchmark.py --quick                      # every case once, small; figures mean nothing
     python scripts/benchmark.py --cases trainers counts      # some of them
     python scripts/benchmark.py --device cuda --cases trainers components
@@ -66,13 +66,13 @@ CASES: dict[str, Case] = {
     "trainers": Case("Stock TRL trainers against ours", _trainers, _trainers_table, ("cpu", "cuda")),
     "components": Case(
         "Components and balancing against one component",
-        lambda work, quick: components.run(work, *((2, 2) if quick else (6, 4))),
+        lambda work, quick: components.run(work, *((2, 2) if quick else (5, 3))),
         components.table,
         ("cpu", "cuda"),
     ),
     "engines": Case(
         "Balancing against TorchJD's parameter-level engine, three objectives",
-        lambda work, quick: engines.run(work, *((2, 2) if quick else (6, 4))),
+        lambda work, quick: engines.run(work, *((2, 2) if quick else (5, 3))),
         engines.table,
         ("cpu", "cuda"),
     ),
@@ -87,7 +87,7 @@ CASES: dict[str, Case] = {
         lambda work, quick: ranks.times(*((2, 3) if quick else (8, 10))),
         ranks.times_table,
     ),
-    "imports": Case("Imports", lambda work, quick: imports.run(2 if quick else 5), imports.table, ("cpu",)),
+    "imports": Case("Imports", lambda work, quick: imports.run(2 if quick else 5), imports.table),
 }
 
 
@@ -95,18 +95,9 @@ def hardware(device: str) -> str:
     """What it ran on."""
     if device != "cpu":
         return torch.cuda.get_device_name()
-    model = (
-        next(
-            (
-                line.split(":")[1].strip()
-                for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if "model name" in line
-            ),
-            "unknown processor",
-        )
-        if Path("/proc/cpuinfo").exists()
-        else "unknown processor"
-    )
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown processor")
     return f"{os.cpu_count()} cores of {model}, one thread a process"
 
 

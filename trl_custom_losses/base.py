@@ -208,6 +208,10 @@ class Loss(nn.Module):
         """Whether what is observed matters to this loss; the driver sums over ranks if it does to any of a tree."""
         return getattr(self.on_step_end, "__func__", None) is not Loss.on_step_end
 
+    def observed_so_far(self) -> dict[str, Tensor]:
+        """As `take_observed`, but it stays and can be added to."""
+        return dict(self.__dict__.get("_observed", {}))
+
     def take_observed(self) -> dict[str, Tensor]:
         """What was observed since the last call, on the device, of this rank; for the driver."""
         return self.__dict__.pop("_observed", {})

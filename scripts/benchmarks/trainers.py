@@ -16,12 +16,7 @@ from transformers import Trainer
 from trl_custom_losses.trainers.fused_head import fitted_head
 
 from .measure import alternate, compare, interval, milliseconds, peak_memory, seconds, summary
-from .workload import Workload, dpo_trainer, grpo_trainer, step_timer
-
-_MAKERS: dict[str, tuple[Callable[..., Trainer], str]] = {
-    "dpo": (dpo_trainer, "sigmoid"),
-    "grpo": (grpo_trainer, "grpo"),
-}
+from .workload import LOSSES, MAKERS, STOCK, Workload, step_timer
 
 
 def run(work: Workload, rounds: int, steps: int) -> dict[str, Any]:
@@ -38,12 +33,11 @@ def run(work: Workload, rounds: int, steps: int) -> dict[str, Any]:
         rounds: Samples of each contender, taken alternately.
         steps: Optimizer steps of a sample.
     """
-    return {name: _run(name, work, rounds, steps) for name in _MAKERS}
+    return {name: _run(name, work, rounds, steps) for name in MAKERS}
 
 
 def _run(name: str, work: Workload, rounds: int, steps: int) -> dict[str, Any]:
-    make, loss = _MAKERS[name]
-    stock = {"loss_type": loss} if name == "grpo" else {"loss_type": [loss]}
+    make, loss, stock = MAKERS[name], LOSSES[name], STOCK[name]
     trainers = {"trl": make(work, **stock), "fitted": make(work, **stock), "ours": make(work, loss)}
     timers = {
         key: _fitted(step_timer(trainer, steps, 3, work.device), key, trainer) for key, trainer in trainers.items()

@@ -25,10 +25,6 @@ from trl_custom_losses.trainers.launch import end_rank
 _WARM_UP = 2
 
 
-_MAKERS = {"dpo": workload.dpo_trainer, "grpo": workload.grpo_trainer}
-_STOCK = {"dpo": {"loss_type": ["sigmoid"]}, "grpo": {"loss_type": "grpo"}}
-
-
 class _Window(TrainerCallback):
     """Keeps what was counted from the begin of one step to the begin of another, so that whole steps are counted."""
 
@@ -75,8 +71,8 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
     """Counts or step times of TRL's trainer and of ours with each of the losses that the settings name."""
     work = replace(workload.TINY, model=workload.TINY.model | settings.get("model", {}))
     options = {"gradient_accumulation_steps": settings["accumulation"], "logging_steps": settings["logging_steps"]}
-    make = _MAKERS[settings["trainer"]]
-    trainers = {"trl": make(work, **_STOCK[settings["trainer"]], **options)}
+    make = workload.MAKERS[settings["trainer"]]
+    trainers = {"trl": make(work, **workload.STOCK[settings["trainer"]], **options)}
     trainers |= {name: make(work, loss, **options) for name, loss in settings["losses"].items()}
     if settings["measure"] == "counts":
         return {name: count(trainer, settings["steps"]) for name, trainer in trainers.items()}

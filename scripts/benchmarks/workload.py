@@ -172,6 +172,12 @@ def grpo_trainer(work: Workload, loss: Any = None, **options: Any) -> Trainer:
     return _trainer(trainer, config_class, work, loss, data, config | options, reward_funcs=few_vowels)
 
 
+#: How either family's trainer is made, the loss that it is compared with, and that loss in TRL's arguments.
+MAKERS: dict[str, Callable[..., Trainer]] = {"dpo": dpo_trainer, "grpo": grpo_trainer}
+LOSSES = {"dpo": "sigmoid", "grpo": "grpo"}
+STOCK: dict[str, dict[str, Any]] = {"dpo": {"loss_type": ["sigmoid"]}, "grpo": {"loss_type": "grpo"}}
+
+
 def _trainer(
     trainer: type, config: type, work: Workload, loss: Any, data: Dataset, options: dict[str, Any], **arguments: Any
 ) -> Trainer:

@@ -71,14 +71,12 @@ class Entropy(PolicyLoss):
 def _gramian(parts: dict[str, Loss], model: Path, arguments: dict) -> Tensor:
     """What is observed of the first micro-batch."""
     loss = ComposableLossFunction(parts, balancing="upgrad")
-    seen: dict[str, Tensor] = {}
-    loss.observe = seen.setdefault
     if loss.family == "preference":
         measure(custom(model, arguments, loss))
     else:
         run = build_custom(model, arguments, loss_function=loss)
         loss_and_gradients(run, make_inputs(run))
-    return seen["gramian"]
+    return loss.take_observed()["gramian"]
 
 
 def test_a_loss_through_log_probabilities_or_logits_has_one_gradient(dense_model: Path, run_arguments: dict) -> None:

@@ -168,9 +168,19 @@ def test_a_call_by_hand_within_a_step_leaves_the_steps_flags(dense_model: Path, 
 
 
 def test_observations_of_two_shapes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"'x' was observed in the shapes \(2,\) and \(\)"):
-        driver._added({"x": torch.ones(2)}, {"x": torch.ones(())})
-    assert driver._added({"x": torch.ones(())}, {"y": torch.ones(2)}).keys() == {"x", "y"}
+    """Also of two computations of a loss between which the exchange began."""
+
+    class Alone:
+        device = torch.device("cpu")
+
+        def reduce(self, values: Tensor, how: str) -> Tensor:
+            return values
+
+    loss = Counts()
+    loss.observe("pairs", torch.ones(2))
+    driver.LossFunctionCallback(loss, Alone()).exchange()
+    with pytest.raises(ValueError, match=r"'pairs' in the shapes \(2,\) and \(\)"):
+        loss.observe("pairs", torch.ones(()))
 
 
 # The fused head

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -43,7 +44,6 @@ class LossFunctionCallback(TrainerCallback):
         self.accelerator = accelerator
         self.log = log
         self.before_update = before_update
-        self._local: list[dict[str, Tensor]] = []
         self._exchange: _Exchange | None = None
 
     def on_train_begin(
@@ -82,20 +82,21 @@ class LossFunctionCallback(TrainerCallback):
             alarm: Above 0 where this rank has something to stop for, a scalar; None on all ranks or none.
         """
         losses = self.loss.tree()
-        observed = [loss.take_observed() for loss in losses]
-        # A step whose last micro-batch computes its loss more than once exchanges all of it.
-        self._local = [_added(*pair) for pair in zip(self._local, observed, strict=True)] if self._local else observed
+        # They stay with the losses: a micro-batch that computes its loss more than once exchanges all of it.
+        observed = [loss.observed_so_far() for loss in losses]
         # A collective, so that whether it happens must not depend on what this rank has observed.
         needed = alarm is not None or any(loss.observes or loss.watched for loss in losses)
-        self._exchange = _Exchange(self._local, alarm, self.accelerator if needed else None)
+        self._exchange = _Exchange(observed, alarm, self.accelerator if needed else None)
 
     def alarmed(self) -> bool:
         """Whether any rank gave an alarm in the step under way."""
         return self._exchange is not None and self._exchange.alarmed()
 
     def forget(self) -> None:
-        """Drop what was exchanged."""
-        self._local, self._exchange = [], None
+        """Drop what was observed and exchanged."""
+        self._exchange = None
+        for loss in self.loss.tree():
+            loss.take_observed()
 
 
 class _Exchange:
@@ -110,7 +111,7 @@ class _Exchange:
     def __init__(
         self, observed: list[dict[str, Tensor]], alarm: Tensor | None, accelerator: Accelerator | None
     ) -> None:
-        self._layout = [[(name, values.shape) for name, values in sorted(sums.items())] for sums in observed]
+        self._layout = [[(name, tuple(values.shape)) for name, values in sorted(sums.items())] for sums in observed]
         self._sum: SumOverRanks | None = None
         self._host: Tensor | None = None
         if accelerator is None:
@@ -144,21 +145,11 @@ class _Exchange:
         if total**2 != count * squares:
             raise RuntimeError(
                 "ranks observed different things; a loss must give `observe` the same names and shapes on every rank. "
-                f"This rank: {[[(name, tuple(shape)) for name, shape in sums] for sums in self._layout]}"
+                f"This rank: {self._layout}"
             )
-        sizes = [shape.numel() for sums in self._layout for _, shape in sums]
+        sizes = [math.prod(shape) for sums in self._layout for _, shape in sums]
         pieces = iter(self._values()[4:].split(sizes) if sizes else ())
         return [{name: next(pieces).view(shape) for name, shape in sums} for sums in self._layout]
-
-
-def _added(sums: dict[str, Tensor], more: dict[str, Tensor]) -> dict[str, Tensor]:
-    for name in sums.keys() & more.keys():
-        if sums[name].shape != more[name].shape:
-            raise ValueError(
-                f"'{name}' was observed in the shapes {tuple(sums[name].shape)} and {tuple(more[name].shape)}, which "
-                "cannot be added up"
-            )
-    return {name: sums.get(name, 0) + more.get(name, 0) for name in sums | more}
 
 
 def _end_step(

@@ -306,5 +306,3 @@ class LossFunctionTrainer(ResumableTrainer):
         self._nonfinite.clear()
         self._driver.forget()
         self._buffers["train"] = MetricBuffer(self.accelerator.device)
-        for loss in self.loss_function.tree():
-            loss.take_observed()
